@@ -1,0 +1,68 @@
+"""Errors a user can cause, and the one line each of them gets.
+
+Every error below becomes a single line on stderr and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BenchError(Exception):
+    """Base of all errors with a message meant for the user.
+
+    The message says which file, key and value is wrong and what was expected, on one line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class GridError(BenchError):
+    """A grid, profile or command-line value is wrong."""
+
+
+class PluginError(BenchError):
+    """A plug-in file, entry point or registered class cannot be used."""
+
+
+class DataError(BenchError):
+    """A dataset is missing, incomplete or unreadable."""
+
+
+class WeightsError(BenchError):
+    """A checkpoint is missing, unsafe, damaged or belongs to another model."""
+
+
+class StoreError(BenchError):
+    """The result store cannot be read or written."""
+
+
+class CheckError(BenchError):
+    """A hard check on an attack or adapter failed: its numbers would be wrong."""
+
+
+class NotApplicable(Exception):
+    """This combination cannot be run, for a reason worth printing: the cell becomes a `skip`, not a number."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `name`, or None when nothing is close."""
+    found = difflib.get_close_matches(name.lower(), [c for c in choices], n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> str:
+    """One line for a name that is not known: the nearest valid name first, then all of them (at most 40)."""
+    names = sorted(choices)
+    close = nearest(name, names)
+    hint = f"did you mean '{close}'? " if close else ""
+    shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+    return f"unknown {what} '{name}': {hint}available: {shown or 'none'}"

@@ -1,0 +1,459 @@
+"""What a plug-in has to be. Read this file first: everything else follows from it.
+
+Images between components are float32 NCHW RGB in [0,1]. Normalisation, channel order, 0..255 and padding live inside
+the models of a task and nowhere else. A grid crosses targets (dataset + model), defenses, attacks and threat models:
+
+    Dataset ── Sample ──► TargetModel.prepare ──► Batch ──► Attack(Oracle) ──► adversarial images
+                                                                 │
+      rows ◄── Task.rows ◄── TargetModel.predict ◄── Defense ◄───┘
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.rng import ImageRNG
+from bench.units import Pixels
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    import numpy as np
+
+__all__ = [
+    "Attack",
+    "Batch",
+    "Dataset",
+    "Defense",
+    "Geometry",
+    "ImageRNG",
+    "Metric",
+    "ModelSource",
+    "Oracle",
+    "Pixels",
+    "Sample",
+    "TargetModel",
+    "Task",
+    "Warped",
+]
+
+Needs = Literal["gradient", "logits", "features", "decision"]
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """One image (3, H, W) in [0,1], its ground truth (the task knows the type) and an id unique in its dataset."""
+
+    image: Tensor
+    target: Any
+    id: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, 3, H, W) of one size with their targets and ids, at the resolution the attack works at."""
+
+    images: Tensor
+    targets: tuple[Any, ...]
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Batch:
+        """Stack samples of equal size."""
+        return cls(
+            torch.stack([s.image for s in samples]), tuple(s.target for s in samples), tuple(s.id for s in samples)
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its images on `device`; targets stay where they are."""
+        return replace(self, images=self.images.to(device))
+
+
+class Dataset(ABC):
+    """Labelled images of one split. Constructing it is cheap; files are touched on first access.
+
+    Attributes:
+        task: name of the task its targets belong to.
+        classes: class names, in label order.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    task: ClassVar[str]
+    classes: Sequence[str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Image `index` at its original size with ground truth in original coordinates."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of the content, independent of where it lies; part of every cache key."""
+
+    def ids(self) -> Sequence[str]:
+        """Ids of all images, in order, without loading them."""
+        return [str(i) for i in range(len(self))]
+
+
+# -- geometry -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Geometry:
+    """Where the pixels of each image went: position_out = position_in * scale + offset, per image, (y, x).
+
+    Attributes:
+        scale, offset: (B, 2) float tensors.
+        in_size, out_size: (H, W) before and after.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+
+    def then(self, other: Geometry) -> Geometry:
+        """First self, then `other`."""
+        return Geometry(
+            self.scale * other.scale, self.offset * other.scale + other.offset, self.in_size, other.out_size
+        )
+
+    def select(self, index: Sequence[int] | Tensor) -> Geometry:
+        """The geometry of some of the images."""
+        picked = torch.as_tensor(index, dtype=torch.long)
+        return replace(self, scale=self.scale[picked], offset=self.offset[picked])
+
+
+@dataclass(frozen=True)
+class Warped:
+    """Images whose pixels moved, together with how: what a resizing or padding defense returns."""
+
+    images: Tensor
+    geometry: Geometry
+
+
+# -- the target ---------------------------------------------------------------------------------------------------
+class TargetModel(nn.Module, ABC):
+    """A frozen network behind [0,1] RGB images: evaluation mode, no parameter gradients.
+
+    Attributes:
+        task: name of the task.
+        losses: loss kinds `loss` accepts.
+        num_classes: number of classes it predicts.
+    """
+
+    task: ClassVar[str]
+    losses: ClassVar[tuple[str, ...]]
+    num_classes: int
+
+    def prepare(self, sample: Sample) -> Sample:
+        """Resize image and ground truth to the resolution the network works at (and attacks perturb)."""
+        return sample
+
+    @abstractmethod
+    def loss(
+        self,
+        images: Tensor,
+        targets: Sequence[Any],
+        kind: str,
+        *,
+        geometry: Geometry | None = None,
+        rng: ImageRNG | None = None,
+    ) -> Tensor:
+        """Loss of each image, shape (B,), differentiable to the pixels; no image's loss depends on another image.
+
+        Args:
+            images: (B, 3, H, W) in [0,1].
+            targets: ground truth in the coordinates of `prepare`d images.
+            kind: one of `losses`; larger means a worse prediction.
+            geometry: how `images` were moved since `prepare`; ground truth follows.
+            rng: streams for models whose loss samples (Mask R-CNN).
+        """
+
+    @abstractmethod
+    def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Any]:
+        """One prediction per image, in the coordinates of `prepare`d images (undoing `geometry`)."""
+
+    def logits(self, images: Tensor, *, geometry: Geometry | None = None) -> Tensor:
+        """Class scores before softmax: (B, K) or (B, K, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} has no logits")
+
+    def features(self, images: Tensor, layer: str) -> Tensor:
+        """Activations of `layer`, (B, C, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def loss_from_logits(self, logits: Tensor, targets: Sequence[Any], kind: str) -> Tensor:
+        """Loss of each image, (B,), from logits; what an ensemble that averages logits needs."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss on logits")
+
+
+class ModelSource(ABC):
+    """Where a target model comes from. Constructing it is cheap; `load` builds the network.
+
+    Attributes:
+        task: name of the task the model serves.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    task: str
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the model is, for keys and rows: architecture, parameters, SHA-256 of its weights; no paths."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> TargetModel:
+        """The frozen model on `device`.
+
+        Raises:
+            WeightsError: the checkpoint is missing, unsafe, damaged or of another model.
+        """
+
+    def input_spec(self) -> dict[str, Any]:
+        """What `prepare` does to a sample, for keys; {} when nothing."""
+        return {}
+
+
+class Task(ABC):
+    """How predictions of one kind are judged.
+
+    Attributes:
+        metrics: names of its metrics in METRICS; the first is the headline.
+    """
+
+    name: str
+    metrics: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def rows(self, prediction: Any, target: Any) -> dict[str, Any]:
+        """JSON-ready statistics of one image from which every metric of the task aggregates exactly.
+
+        Must hold `score` in [0,1], the image's own result (1 = as good as it gets): the per-image worst case over
+        attacks is the attack with the lowest score.
+        """
+
+    def attack_targets(self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG) -> tuple[Any, ...]:
+        """Wrong targets for a targeted attack, by `rule`.
+
+        Raises:
+            GridError: the task has no such rule.
+        """
+        from bench.errors import GridError
+
+        raise GridError(f"target '{rule}': task {self.name} has no targeted attacks")
+
+
+class Metric(ABC):
+    """A number for a set of images.
+
+    Attributes:
+        task: task whose rows it reads.
+        unit: "%" (values in [0,1] are printed times 100) or "" .
+        higher_is_better: direction.
+        interval: "wilson" for a mean of 0/1 values, else "bootstrap".
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    task: ClassVar[str]
+    unit: ClassVar[str] = "%"
+    higher_is_better: ClassVar[bool] = True
+    interval: ClassVar[Literal["wilson", "bootstrap"]] = "bootstrap"
+
+    @abstractmethod
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Gather rows (one per image, as `Task.rows` made them) into whatever `value` computes fast from."""
+
+    @abstractmethod
+    def value(self, prepared: Any, weights: np.ndarray | None = None) -> float:
+        """The metric; `weights` (n_images,) counts how often each image is in the sample (bootstrap)."""
+
+
+# -- the defense --------------------------------------------------------------------------------------------------
+class Defense(nn.Module):
+    """A purifier T: images in [0,1] to images in [0,1], placed in front of any target.
+
+    A subclass writes `forward(images)`, or `forward(images, rng)` when `stochastic`; the harness calls `purify`, which
+    checks the result and clamps it. Return `Warped` when pixels move.
+
+    Attributes:
+        differentiable: autograd through `forward` is the true gradient (white_box needs it).
+        stochastic: `forward` draws from `rng`; attacks then use EOT and evaluation repeats.
+        trained: it has learned weights.
+        version: raise it when the output changes for the same parameters.
+    """
+
+    name: str = ""
+    params: Mapping[str, Any] = {}
+    differentiable: ClassVar[bool] = True
+    stochastic: bool = False
+    trained: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    tasks: ClassVar[frozenset[str] | None] = None
+
+    def forward(self, images: Tensor, *args: Any) -> Tensor | Warped:
+        """Purified images; (B, 3, H, W) in, the same or `Warped` out."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def surrogate(self, images: Tensor, *args: Any) -> Tensor | Warped:
+        """The differentiable stand-in whose gradient BPDA uses in the backward pass; identity unless it knows better.
+
+        Takes the same arguments as `forward` (including `rng`, which then yields the same draws) and must return the
+        same shape.
+        """
+        return images
+
+    def identity(self) -> dict[str, Any]:
+        """What the defense is, for keys and rows; a learned one adds the SHA-256 of its weights."""
+        return {"name": self.name, "params": dict(self.params), "version": self.version}
+
+    def check_input(self, size: tuple[int, int]) -> None:
+        """Raise NotApplicable when images of `size` (H, W) cannot be purified."""
+
+    def purify(self, images: Tensor, rng: ImageRNG | None = None) -> Warped:
+        """`forward`, validated and clamped to [0,1].
+
+        The clamp passes gradients straight through: a purifier that overshoots the range must not look robust because
+        its saturated pixels have zero gradient.
+        """
+        return self._finish(images, self.forward, rng)
+
+    def purify_surrogate(self, images: Tensor, rng: ImageRNG | None = None) -> Warped:
+        """`surrogate`, validated and clamped like `purify`."""
+        return self._finish(images, self.surrogate, rng)
+
+    def _finish(self, images: Tensor, function: Any, rng: ImageRNG | None) -> Warped:
+        from bench.errors import CheckError
+
+        if self.stochastic and rng is None:
+            raise ValueError(f"defense '{self.name}' is stochastic and needs an ImageRNG")
+        out = function(images, rng) if self.stochastic else function(images)
+        moved = isinstance(out, Warped)
+        result = out.images if moved else out
+        if result.shape[:2] != images.shape[:2] or (not moved and result.shape != images.shape):
+            raise CheckError(
+                f"defense '{self.name}' turned shape {tuple(images.shape)} into {tuple(result.shape)}; "
+                "a defense that changes size must return Warped(images, geometry)"
+            )
+        if not torch.isfinite(result).all():
+            raise CheckError(f"defense '{self.name}' produced NaN or infinite pixels")
+        result = result + (result.clamp(0, 1) - result).detach()
+        if moved:
+            return Warped(result, out.geometry)
+        return Warped(result, identity_geometry(images))
+
+
+def identity_geometry(images: Tensor) -> Geometry:
+    """The geometry of images that did not move."""
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    return Geometry(torch.ones(len(images), 2), torch.zeros(len(images), 2), size, size)
+
+
+# -- the attack ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Gradient:
+    """Objective values (B,) and their gradients (B, 3, H, W), averaged over EOT draws."""
+
+    value: Tensor
+    grad: Tensor
+
+
+class Objective(Protocol):
+    """Per-image values (B,) to be increased, as a differentiable function of the images the attack moves."""
+
+    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor: ...
+
+
+class Oracle(Protocol):
+    """All that an attack sees of the victim. The threat model decides what is behind it.
+
+    It is bound to the images of one batch; `select` narrows it to some of them. Calls outside what the attack
+    declared in `needs` raise. Forward and backward passes are counted per image.
+    """
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: Sequence[int] | Tensor) -> Oracle:
+        """The oracle for some of its images; counts go to the same place."""
+        ...
+
+    def gradient(self, images: Tensor, objective: Objective) -> Gradient:
+        """Value and gradient of `objective` at `images`, averaged over EOT draws where something is stochastic."""
+        ...
+
+    def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:
+        """The target's loss (B,), differentiable. Inside an objective only `images` it was given may be passed."""
+        ...
+
+    def logits(self, images: Tensor | Warped) -> Tensor:
+        """The target's logits, differentiable."""
+        ...
+
+    def features(self, images: Tensor, layer: str) -> Tensor:
+        """The target's activations, differentiable."""
+        ...
+
+    def decision(self, images: Tensor) -> list[Any]:
+        """The target's predictions."""
+        ...
+
+
+class Attack(ABC):
+    """Turns images into adversarial images, seeing the victim only through an Oracle.
+
+    Attributes:
+        needs: what it asks the oracle for.
+        tasks: tasks it can attack; None = all.
+        norm: the norm of its budget, None when it has none (then `eps` is None).
+        eps: radius in [0,1] pixel units; the harness projects and verifies.
+        target: rule that picks the wrong target (`Task.attack_targets`); None = untargeted.
+        stochastic: draws random numbers.
+        version: raise it when the output changes for the same parameters.
+    """
+
+    name: str = ""
+    params: Mapping[str, Any] = {}
+    needs: ClassVar[frozenset[Needs]] = frozenset({"gradient"})
+    tasks: ClassVar[frozenset[str] | None] = None
+    norm: Literal["linf", "l2"] | None = "linf"
+    eps: Fraction | None = None
+    target: str | None = None
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Adversarial images, same shape as `images` (B, 3, H, W).
+
+        Args:
+            oracle: the victim.
+            images: clean images; must not be modified.
+            targets: ground truth, or the wrong targets to reach when `target` is set.
+            rng: one random stream per image.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """What the attack is, for keys and rows."""
+        return {"name": self.name, "params": dict(self.params), "version": self.version}
+
+    def passes(self) -> int:
+        """Forward-backward passes per image of one run (without EOT), for the time estimate."""
+        return 1
+
+    def loss_kinds(self) -> Iterable[str]:
+        """Loss kinds it asks for, checked against the target before anything runs."""
+        return ()
