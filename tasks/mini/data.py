@@ -50,8 +50,10 @@ IGNORE_LABEL = 255
 IMAGE_SIZE = 32
 SCENE_SIZE = 96
 #: Digit contrast in 1/255 (the one knob of each kind, tuned on undefended models with the validation split).
-CONTRAST = 89
-SCENE_CONTRAST = 89
+CONTRAST = 120
+SCENE_CONTRAST = 120
+#: Contrast of the photographs in percent of their own, around mid grey, so that a digit stands out on any of them.
+PHOTO_CONTRAST = 70
 #: Ink (0..255) from which a pixel belongs to the digit's instance mask.
 MASK_INK = 51
 #: Ink below the first bound is background and from the second bound on digit; the band between is ignored.
@@ -241,7 +243,7 @@ def _background(stream: Stream, split: str, size: int, zoom: int, augment: bool)
         if stream.below(2):
             crop = crop.transpose(1, 0, 2)
         crop = crop[:, :, stream.permutation(3)]
-    return crop
+    return 128 + (crop - 128) * PHOTO_CONTRAST // 100
 
 
 def _blend(stream: Stream, background: Int64, ink: Int64, contrast: int) -> None:
