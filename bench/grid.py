@@ -1,0 +1,270 @@
+"""Grid files: what to cross, on which profile, and which tables to print.
+
+A grid is YAML validated by the models below (`python -m bench schema` prints their JSON schema for editors). Every
+mistake is reported as one line with the file, the key and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bench.errors import GridError, unknown
+from bench.tables import TableSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+GRIDS = ROOT / "grids"
+PROFILES = GRIDS / "profiles"
+
+Level = Literal["oblivious", "transfer", "gray_box", "bpda", "white_box"]
+ImageFormat = Literal["float", "uint8"]
+
+PluginSpec = str | dict[str, Any]
+DefenseSpec = str | dict[str, Any] | list[str | dict[str, Any]]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ThreatSpec(_Strict):
+    """How much the attacker knows.
+
+    `oblivious`: gradients of the bare target. `transfer`: gradients of other models (`sources`). `gray_box`: gradients
+    of the target behind a `surrogate` defense. `bpda`: forward through the defense, backward through its stand-in.
+    `white_box`: true gradient through the defense. Where a defense draws random numbers, gradients are averaged over
+    `eot` draws.
+    """
+
+    level: Level
+    sources: list[str] = Field(default_factory=list, description="transfer: roles whose models craft the images")
+    surrogate: DefenseSpec | None = Field(default=None, description="gray_box: the defense the attacker trained")
+    eot: int = Field(default=10, ge=1, description="gradient draws per step for stochastic defenses")
+
+    @model_validator(mode="after")
+    def _complete(self) -> ThreatSpec:
+        if self.level == "transfer" and not self.sources:
+            raise ValueError("level transfer needs `sources`, a list of roles")
+        if self.level != "transfer" and self.sources:
+            raise ValueError(f"`sources` belongs to level transfer, not {self.level}")
+        if self.level == "gray_box" and self.surrogate is None:
+            raise ValueError("level gray_box needs a `surrogate` defense")
+        if self.level != "gray_box" and self.surrogate is not None:
+            raise ValueError(f"`surrogate` belongs to level gray_box, not {self.level}")
+        return self
+
+
+class Evaluate(_Strict):
+    """How defended predictions are taken."""
+
+    repeats: int = Field(default=3, ge=1, description="evaluations of a stochastic defense, each with its own draws")
+    formats: list[ImageFormat] = Field(default=["float"], min_length=1, description="image formats to evaluate")
+
+
+class Block(_Strict):
+    """One cross product: roles x defenses x attacks x threats."""
+
+    roles: list[str] = Field(min_length=1)
+    defenses: list[DefenseSpec] = Field(min_length=1, description="labels, registered names or inline specs")
+    attacks: list[PluginSpec] = Field(min_length=1)
+    threats: list[Level | ThreatSpec] = Field(min_length=1)
+    clean: bool = Field(default=True, description="also evaluate every defense on clean images")
+
+    @field_validator("threats")
+    @classmethod
+    def _normal(cls, value: list[Any]) -> list[Any]:
+        return [ThreatSpec(level=item) if isinstance(item, str) else item for item in value]
+
+
+class Grid(_Strict):
+    """A grid file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the folder under results/")
+    title: str = ""
+    profile: str = "mini"
+    seed: int = Field(default=0, ge=0)
+    plugins: list[str] = Field(default_factory=list, description="plug-in files, relative to the grid file")
+    images: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="images per role or task (the first N of the dataset); all when absent"
+    )
+    defenses: dict[str, DefenseSpec] = Field(default_factory=dict, description="labels for configured defenses")
+    attacks: dict[str, PluginSpec] = Field(default_factory=dict, description="labels for configured attacks")
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    blocks: list[Block] = Field(min_length=1)
+    tables: list[TableSpec] = Field(default_factory=list)
+
+
+class Role(_Strict):
+    """What a role is bound to in a profile."""
+
+    dataset: PluginSpec
+    model: PluginSpec
+
+
+class Profile(_Strict):
+    """A profile file: roles bound to data and weights."""
+
+    name: str
+    title: str = ""
+    roles: dict[str, Role] = Field(min_length=1)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice and reads only true/false as booleans."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is written twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_Loader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+    lambda loader, node: _mapping(typing.cast(_Loader, loader), typing.cast(yaml.MappingNode, node), deep=True),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        GridError: missing, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        shipped = [p.relative_to(ROOT).as_posix() for p in GRIDS.rglob("*.yaml")] if GRIDS.is_dir() else []
+        raise GridError(unknown("grid file", str(path), shipped)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise GridError(f"{path} cannot be read: {error}") from None
+    try:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise GridError(f"{path}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise GridError(f"{path}: expected a mapping with keys such as name and blocks, got {type(data).__name__}")
+    return data
+
+
+def parse(model: type[Any], data: Mapping[str, Any], source: str) -> Any:
+    """`data` as `model`.
+
+    Raises:
+        GridError: the first mistake, as `source, key: reason`.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise GridError(f"{source}, {_explain(model, error, data)}") from None
+
+
+def load_grid(path: Path) -> Grid:
+    """The grid in `path`, its structure validated (names are resolved when it is planned).
+
+    Raises:
+        GridError: see `parse`.
+    """
+    return typing.cast(Grid, parse(Grid, read_yaml(path), str(path)))
+
+
+def load_profile(name: str) -> tuple[Profile, str]:
+    """A profile by shipped name or by path, and what to call it in messages.
+
+    Raises:
+        GridError: no such profile, or a mistake in it.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROFILES / f"{name}.yaml"
+        if not path.is_file():
+            raise GridError(unknown("profile", name, (p.stem for p in PROFILES.glob("*.yaml"))))
+    return typing.cast(Profile, parse(Profile, read_yaml(path), str(path))), str(path)
+
+
+def split_spec(spec: PluginSpec, where: str) -> tuple[str, dict[str, Any], str | None]:
+    """(name, parameters, label) of a plug-in spec: `jpeg`, `robustbench:ID` or `{name: jpeg, quality: 50}`.
+
+    Raises:
+        GridError: a mapping without a name.
+    """
+    if isinstance(spec, str):
+        name, _, rest = spec.partition(":")
+        return (name, {"id": rest}, None) if rest else (name, {}, None)
+    params = dict(spec)
+    name = params.pop("name", None)
+    label = params.pop("label", None)
+    if not isinstance(name, str) or not name:
+        raise GridError(f"{where}: expected a `name` of a registered plug-in, got keys {sorted(spec) or 'none'}")
+    return name, params, None if label is None else str(label)
+
+
+def _explain(model: type[BaseModel], error: ValidationError, data: Mapping[str, Any]) -> str:
+    # In a union pydantic reports every branch; the deepest, then first, is the one the user meant.
+    errors = error.errors()
+    unknown_key = [e for e in errors if e["type"] == "extra_forbidden"]
+    chosen = unknown_key[0] if unknown_key else max(errors, key=lambda e: len(e["loc"]))
+    keys: list[str] = []
+    current: Any = data
+    for part in chosen["loc"]:
+        if isinstance(part, int):
+            keys.append(f"[{part}]")
+            current = current[part] if isinstance(current, list) and part < len(current) else None
+        elif isinstance(current, Mapping) and part in current:
+            keys.append(f".{part}")
+            current = current[part]
+        elif chosen["type"] == "missing" and part == chosen["loc"][-1]:
+            keys.append(f".{part}")
+    path = "".join(keys).lstrip(".") or "top level"
+    if chosen["type"] == "extra_forbidden":
+        last = str(chosen["loc"][-1])
+        owner = _model_at(model, chosen["loc"][:-1])
+        if owner is not None:
+            parent = path[: -len(last)].rstrip(".") if path.endswith(last) else path
+            return f"{parent or 'top level'}: " + unknown("key", last, owner.model_fields)
+    message = str(chosen["msg"]).removeprefix("Value error, ")
+    if chosen["type"] == "missing":
+        return f"{path}: this key is required"
+    shown = repr(chosen.get("input"))
+    return f"{path}: {message}" + (f", got {shown}" if len(shown) < 120 and shown not in message else "")
+
+
+def _model_at(model: Any, location: Iterable[Any]) -> type[BaseModel] | None:
+    """The model class a pydantic error location leads to."""
+    current: Any = model
+    for part in location:
+        options = [o for o in _options(current) if isinstance(o, type) and issubclass(o, BaseModel)]
+        if isinstance(part, str) and any(o.__name__ == part for o in options):
+            current = next(o for o in options if o.__name__ == part)
+            continue
+        for option in options:
+            if isinstance(part, str) and part in option.model_fields:
+                current = option.model_fields[part].annotation
+                break
+        else:
+            inner = [a for o in _options(current) for a in typing.get_args(o)]
+            if not inner:
+                return None
+            current = inner[-1]
+    return next((o for o in _options(current) if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _options(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if origin is typing.Union or origin is types.UnionType:
+        return [o for a in typing.get_args(annotation) for o in _options(a)]
+    return [annotation]

@@ -1,0 +1,219 @@
+"""Threat models: what stands behind the oracle that an attack queries, and nothing else.
+
+| level       | gradients come from                                  | defense in the oracle        |
+|-------------|------------------------------------------------------|------------------------------|
+| `oblivious` | the bare target                                      | none                         |
+| `transfer`  | other models (averaged logits when several)          | none                         |
+| `gray_box`  | the target                                           | the attacker's surrogate     |
+| `bpda`      | the target; forward through the defense, backward through its differentiable stand-in | the deployed one |
+| `white_box` | the target, true gradient through the defense        | the deployed one             |
+
+Where the defense draws random numbers the gradient is the mean over `eot` draws (expectation over transformation,
+Athalye et al. 2018). Evaluation always goes through the full defended pipeline, whatever the level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.chain import bpda
+from bench.errors import NotApplicable
+from bench.protocols import Attack, Defense, Geometry, Gradient, ImageRNG, Objective, TargetModel, Warped
+
+Mode = Literal["none", "bpda", "exact"]
+LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box")
+
+
+@dataclass
+class Trace:
+    """What the oracle saw of one image: passes, and the health of its gradients (checks V3 and V15)."""
+
+    forwards: int = 0
+    backwards: int = 0
+    steps: int = 0
+    zero: int = 0
+    nonfinite: int = 0
+    first_zero: bool = False
+    last_zero: bool = False
+    first_loss: float = float("nan")
+    last_loss: float = float("nan")
+    best_loss: float = float("-inf")
+
+    def add(self, value: float, zero: bool, finite: bool) -> None:
+        """Record one gradient step."""
+        if self.steps == 0:
+            self.first_loss, self.first_zero = value, zero
+        self.steps += 1
+        self.zero += int(zero)
+        self.nonfinite += int(not finite)
+        self.last_loss, self.last_zero = value, zero
+        self.best_loss = max(self.best_loss, value)
+
+
+@dataclass(frozen=True)
+class Victim:
+    """The system whose gradients an attack gets.
+
+    Attributes:
+        models: one target, or several sources (then logits are averaged with `weights`; without logits, losses are).
+        defense: the defense in front of them, or None.
+        mode: how gradients cross the defense.
+        eot: gradient draws per step when the defense is stochastic.
+    """
+
+    models: tuple[TargetModel, ...]
+    defense: Defense | None = None
+    mode: Mode = "none"
+    eot: int = 1
+    weights: tuple[float, ...] = field(default=())
+
+    def check(self) -> None:
+        """Raise NotApplicable when a gradient through the defense does not exist."""
+        if self.mode == "exact" and self.defense is not None and not self.defense.differentiable:
+            raise NotApplicable(
+                f"defense '{self.defense.name}' is not differentiable: it has no true gradient (see level bpda)"
+            )
+
+
+class ModelOracle:
+    """The Oracle of `bench.protocols` over a Victim, bound to the images of one batch.
+
+    Args:
+        victim: what is behind it.
+        attack: its `needs` limit what may be called.
+        rng: one stream per image, for the defense's draws and for losses that sample.
+        traces: per-image records, shared with views made by `select`.
+    """
+
+    def __init__(
+        self, victim: Victim, attack: Attack, rng: ImageRNG, traces: Sequence[Trace] | None = None, calls: int = 0
+    ) -> None:
+        self.victim = victim
+        self.attack = attack
+        self.num_classes = victim.models[0].num_classes
+        self.traces = list(traces) if traces is not None else [Trace() for _ in rng.seeds]
+        self._rng = rng
+        self._calls = calls
+        self._draw: ImageRNG | None = None
+
+    def __len__(self) -> int:
+        return len(self._rng)
+
+    def select(self, index: Sequence[int] | Tensor) -> ModelOracle:
+        """The oracle for some of its images."""
+        chosen = [int(i) for i in index]
+        traces = [self.traces[i] for i in chosen]
+        # fork() depends on seeds alone, so a view made of seeds draws what the whole would have drawn.
+        rng = ImageRNG([self._rng.seeds[i] for i in chosen])
+        return ModelOracle(self.victim, self.attack, rng, traces, self._calls)
+
+    # -- queries --------------------------------------------------------------------------------------------------
+    def gradient(self, images: Tensor, objective: Objective) -> Gradient:
+        """Value (B,) and gradient of `objective`, averaged over EOT draws where the defense is stochastic."""
+        self._allow("gradient")
+        stochastic = self.victim.defense is not None and self.victim.defense.stochastic
+        draws = self.victim.eot if stochastic else 1
+        call = self._next_call()
+        value = torch.zeros(len(images), device=images.device)
+        grad = torch.zeros_like(images)
+        for draw in range(draws):
+            self._draw = self._rng.fork("draw", call, draw)
+            try:
+                with torch.enable_grad():
+                    x = images.detach().clone().requires_grad_(True)
+                    values = objective(self, x)
+                    if values.shape != (len(images),):
+                        raise ValueError(f"an objective must return one value per image, got shape {tuple(values.shape)}")
+                    # A sum: each image's gradient is its own, whatever the batch.
+                    (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+            finally:
+                self._draw = None
+            value += values.detach().float() / draws
+            if g is not None:
+                grad += g / draws
+            for trace in self.traces:
+                trace.backwards += 1
+        flat = grad.flatten(1)
+        finite = torch.isfinite(flat).all(1).tolist()
+        zero = (flat == 0).all(1).tolist()
+        for trace, v, z, f in zip(self.traces, value.tolist(), zero, finite, strict=True):
+            trace.add(v, z, f)
+        return Gradient(value, grad)
+
+    def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:
+        """The victim's loss (B,), differentiable to the pixels."""
+        self._allow("gradient", "logits")
+        defended, geometry, rng = self._defended(images)
+        models = self.victim.models
+        if len(models) == 1:
+            return models[0].loss(defended, targets, kind, geometry=geometry, rng=rng.fork("loss"))
+        try:
+            logits = self._mean_logits(defended, geometry)
+        except NotImplementedError:
+            losses = [m.loss(defended, targets, kind, geometry=geometry, rng=rng.fork("loss")) for m in models]
+            return torch.stack([w * x for w, x in zip(self._weights(), losses, strict=True)]).sum(0)
+        return models[0].loss_from_logits(logits, targets, kind)
+
+    def logits(self, images: Tensor | Warped) -> Tensor:
+        """The victim's logits (averaged over several models), differentiable."""
+        self._allow("logits")
+        defended, geometry, _ = self._defended(images)
+        return self._mean_logits(defended, geometry)
+
+    def features(self, images: Tensor, layer: str) -> Tensor:
+        """Activations of the first model, differentiable."""
+        self._allow("features")
+        defended, _, _ = self._defended(images)
+        return self.victim.models[0].features(defended, layer)
+
+    def decision(self, images: Tensor) -> list[Any]:
+        """Predictions of the first model behind the defense."""
+        self._allow("decision", "logits")
+        with torch.no_grad():
+            defended, geometry, _ = self._defended(images)
+            return self.victim.models[0].predict(defended, geometry=geometry)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+    def _allow(self, *needs: str) -> None:
+        if not self.attack.needs.intersection(needs):
+            raise PermissionError(
+                f"attack '{self.attack.name}' asked for {' or '.join(needs)} but declares needs = {sorted(self.attack.needs)}"
+            )
+
+    def _next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def _weights(self) -> Sequence[float]:
+        count = len(self.victim.models)
+        return self.victim.weights or [1.0 / count] * count
+
+    def _mean_logits(self, images: Tensor, geometry: Geometry) -> Tensor:
+        models = self.victim.models
+        if len(models) == 1:
+            return models[0].logits(images, geometry=geometry)
+        outputs = [w * m.logits(images, geometry=geometry) for w, m in zip(self._weights(), models, strict=True)]
+        return torch.stack(outputs).sum(0)
+
+    def _defended(self, images: Tensor | Warped) -> tuple[Tensor, Geometry, ImageRNG]:
+        """Images behind the defense, how they moved, and the streams of this draw."""
+        from bench.protocols import identity_geometry
+
+        rng = self._draw if self._draw is not None else self._rng.fork("call", self._next_call())
+        pixels = images.images if isinstance(images, Warped) else images
+        if len(pixels) != len(self):
+            raise ValueError(f"the oracle is bound to {len(self)} images, got {len(pixels)}; use select()")
+        geometry = images.geometry if isinstance(images, Warped) else identity_geometry(pixels)
+        for trace in self.traces:
+            trace.forwards += len(self.victim.models)
+        defense = self.victim.defense
+        if defense is None or self.victim.mode == "none":
+            return pixels, geometry, rng
+        draws = rng.fork("defense")
+        out = bpda(defense, pixels, draws) if self.victim.mode == "bpda" else defense.purify(pixels, draws)
+        return out.images, geometry.then(out.geometry), rng
