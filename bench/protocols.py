@@ -232,10 +232,14 @@ class Task(ABC):
 
     Attributes:
         metrics: names of its metrics in METRICS; the first is the headline.
+        losses: loss kinds that attacks may ask of its models (`TargetModel.loss`).
+        batch_size: images per batch unless the user says otherwise.
     """
 
     name: str
     metrics: ClassVar[tuple[str, ...]]
+    losses: ClassVar[tuple[str, ...]]
+    batch_size: ClassVar[int] = 32
 
     @abstractmethod
     def rows(self, prediction: Any, target: Any) -> dict[str, Any]:
