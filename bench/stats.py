@@ -1,0 +1,266 @@
+"""Intervals, paired comparisons and the per-image worst case: what turns per-image rows into defensible numbers.
+
+Metrics that are means of 0/1 values get a Wilson interval (Wilson 1927, eq. 4 of Brown, Cai and DasGupta 2001), every
+other metric a percentile bootstrap over images (Efron 1979). Two defenses measured on the same images are compared in
+pairs: bootstrap with shared weights for any metric, the exact McNemar test for 0/1 values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from bench.protocols import Metric
+
+__all__ = [
+    "Difference",
+    "Estimate",
+    "Interval",
+    "WorstCase",
+    "bootstrap_interval",
+    "estimate",
+    "mcnemar",
+    "paired_difference",
+    "wilson",
+    "worst_case",
+]
+
+LEVEL = 0.95
+SAMPLES = 1000
+
+A = TypeVar("A")
+
+
+class Interval(NamedTuple):
+    """Lower and upper end, in the metric's own unit (a fraction for "%" metrics)."""
+
+    low: float
+    high: float
+
+
+class Estimate(NamedTuple):
+    """A metric's value with its interval and the number of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """A metric's change between two runs on the same images, with its paired interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+
+
+def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
+    """Wilson score interval of a proportion.
+
+    `successes` need not be whole: a mean over repeats is a mean of values in [0,1], whose variance is at most that of
+    a 0/1 mean, so the interval is then conservative. Without images nothing is known and the interval is [0, 1].
+
+    Args:
+        successes: sum of the per-image values, 0 to n.
+        n: number of images.
+        level: coverage, e.g. 0.95.
+
+    Raises:
+        ValueError: successes outside 0..n, or level outside (0,1).
+    """
+    _check_level(level)
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}")
+    if n == 0:
+        return Interval(0.0, 1.0)
+    z = float(scipy_stats.norm.ppf(0.5 + level / 2))
+    p = successes / n
+    scale = 1 / (1 + z * z / n)
+    centre = scale * (p + z * z / (2 * n))
+    half = scale * z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # At 0 and n the closed form is exact only up to rounding; the ends of the scale are meant.
+    return Interval(
+        0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half)
+    )
+
+
+def bootstrap_interval(
+    metric: Metric, prepared: Any, n: int, seed: int, samples: int = SAMPLES, level: float = LEVEL
+) -> Interval:
+    """Percentile bootstrap over images: each sample draws n images with replacement, as multinomial counts.
+
+    A sample on which the metric is undefined (NaN) is left out; if all are, both ends are NaN.
+
+    Args:
+        metric: whose `value(prepared, weights)` is resampled.
+        prepared: what `metric.prepare` made of the rows.
+        n: number of images in `prepared`.
+        seed: the same seed gives the same interval.
+        samples: number of bootstrap samples.
+        level: coverage.
+
+    Raises:
+        ValueError: no images or no samples, or level outside (0,1).
+    """
+
+    def value(weights: np.ndarray) -> float:
+        return metric.value(prepared, weights)
+
+    return _percentiles(_resample(value, n, seed, samples), level)
+
+
+def paired_difference(
+    metric: Metric,
+    prepared: Any,
+    baseline: Any,
+    n: int,
+    seed: int,
+    samples: int = SAMPLES,
+    level: float = LEVEL,
+) -> Difference:
+    """`prepared` minus `baseline` (say, a defense minus no defense) with a paired bootstrap interval.
+
+    Both must come from the same n images in the same order. Every sample weighs the images of both sides alike, so
+    what is hard for both cancels and the interval is narrower than two separate ones suggest.
+
+    Raises:
+        ValueError: as `bootstrap_interval`.
+    """
+
+    def value(weights: np.ndarray | None) -> float:
+        return metric.value(prepared, weights) - metric.value(baseline, weights)
+
+    interval = _percentiles(_resample(value, n, seed, samples), level)
+    return Difference(value(None), *interval)
+
+
+def mcnemar(first: Sequence[bool | int], second: Sequence[bool | int]) -> float:
+    """Two-sided p-value of the exact McNemar test: could the images only one side gets right be a fair coin's?
+
+    Args:
+        first: 0/1 per image.
+        second: 0/1 for the same images in the same order.
+
+    Raises:
+        ValueError: unequal lengths, or values other than 0 and 1.
+    """
+    a, b = np.asarray(first), np.asarray(second)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"expected two sequences of equal length, got shapes {a.shape} and {b.shape}")
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("the exact McNemar test takes 0/1 values only")
+    only_first = int(((a == 1) & (b == 0)).sum())
+    only_second = int(((a == 0) & (b == 1)).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(scipy_stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def estimate(
+    metric: Metric, rows: Sequence[Mapping[str, Any]], seed: int, samples: int = SAMPLES, level: float = LEVEL
+) -> Estimate:
+    """The metric of `rows` (one per image) with the interval its class asks for.
+
+    Raises:
+        ValueError: no rows.
+    """
+    n = len(rows)
+    if n == 0:
+        raise ValueError(f"metric '{metric.name}' needs at least one image")
+    prepared = metric.prepare(rows)
+    value = metric.value(prepared)
+    if metric.interval == "wilson":
+        # Means of float 0/1 values may leave [0,1] by a rounding error.
+        interval = wilson(min(max(value, 0.0), 1.0) * n, n, level)
+    else:
+        interval = bootstrap_interval(metric, prepared, n, seed, samples, level)
+    return Estimate(value, interval.low, interval.high, n)
+
+
+@dataclass(frozen=True)
+class WorstCase(Generic[A]):
+    """Per image, the row under the attack that hurt it most.
+
+    Attributes:
+        ids: image ids, in the order of the first attack.
+        rows: one row per image.
+        attacks: the attack each row comes from.
+    """
+
+    ids: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    attacks: tuple[A, ...]
+
+    def counts(self) -> dict[A, int]:
+        """How many images each attack was the worst for."""
+        return dict(Counter(self.attacks))
+
+
+def worst_case(rows_by_attack: Mapping[A, Mapping[str, Mapping[str, Any]]]) -> WorstCase[A]:
+    """Choose for each image the attack with the lowest `score`; the first attack wins a tie.
+
+    For accuracy this is "robust to all attacks". mAP and mIoU are not means over images, so their worst case is the
+    metric of the chosen rows, which the attacker could reach but perhaps not the lowest over all choices.
+
+    Args:
+        rows_by_attack: attack -> image id -> row with a `score` in [0,1], every attack on the same images.
+
+    Raises:
+        ValueError: no attacks, attacks on different images, a missing or NaN score.
+    """
+    if not rows_by_attack:
+        raise ValueError("the worst case needs at least one attack")
+    attacks = list(rows_by_attack)
+    ids = list(rows_by_attack[attacks[0]])
+    expected = set(ids)
+    for attack in attacks[1:]:
+        differing = expected.symmetric_difference(rows_by_attack[attack])
+        if differing:
+            raise ValueError(
+                f"the worst case needs every attack on the same images: {attacks[0]} and {attack} differ in "
+                f"{len(differing)}, first '{min(differing)}'"
+            )
+    chosen: list[A] = []
+    for image in ids:
+        best, lowest = attacks[0], math.inf
+        for attack in attacks:
+            score = rows_by_attack[attack][image].get("score")
+            if score is None or math.isnan(score):
+                raise ValueError(f"image '{image}' has no score under {attack}")
+            if score < lowest:
+                best, lowest = attack, score
+        chosen.append(best)
+    rows = tuple(rows_by_attack[attack][image] for attack, image in zip(chosen, ids, strict=True))
+    return WorstCase(tuple(ids), rows, tuple(chosen))
+
+
+def _resample(value: Callable[[np.ndarray], float], n: int, seed: int, samples: int) -> np.ndarray:
+    if n < 1 or samples < 1:
+        raise ValueError(
+            f"the bootstrap needs at least one image and one sample, got n={n}, samples={samples}"
+        )
+    generator = np.random.default_rng(seed)
+    # One draw at a time: a (samples, n) matrix would be large for full validation sets.
+    uniform = np.full(n, 1 / n)
+    return np.array([value(generator.multinomial(n, uniform)) for _ in range(samples)], dtype=np.float64)
+
+
+def _percentiles(values: np.ndarray, level: float) -> Interval:
+    _check_level(level)
+    defined = values[~np.isnan(values)]
+    if defined.size == 0:
+        return Interval(math.nan, math.nan)
+    low, high = np.quantile(defined, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(low), float(high))
