@@ -1,0 +1,465 @@
+"""The command line: `python -m bench COMMAND`.
+
+A user's mistake is one line on stderr and exit code 2; a cell that failed makes `run` exit with 1; Ctrl-C exits with
+130 and says how to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.errors import BenchError, GridError, unknown
+
+if TYPE_CHECKING:
+    from bench.plan import Cell, Options, Plan
+    from bench.store import Store
+
+app = typer.Typer(
+    help="Benchmark input-purification defenses against adversarial attacks, across tasks.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)  # fmt: skip
+zoo_app = typer.Typer(help="The embedded target models: list them, rebuild their weights.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+GridOption = Annotated[Path, typer.Option("--grid", "-g", help="Grid file (YAML).")]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="BENCH_STORE", help="Folder of cached results and adversarial images.")
+]
+ProfileOption = Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="At most N images per role.")]
+PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the tables; default results/GRID.")]
+DEFAULT_STORE = Path(".bench")
+Format = Literal["markdown", "csv", "latex", "html", "parquet"]
+
+
+def main() -> None:
+    """Entry point: turns user errors into one line and exit code 2."""
+    logging.basicConfig(level=os.environ.get("BENCH_LOG", "WARNING").upper(), format="%(levelname)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except BenchError as error:
+        fail(str(error), error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; everything finished is kept: the same command goes on from here", 130)
+    except (typer.Abort, EOFError):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) is gone; silence the flush at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.ClickException):
+            fail(error.format_message(), 2)
+        raise
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line and exit."""
+    err.print(f"bench: {escape(message)}", markup=True)
+    sys.exit(code)
+
+
+def _options(
+    grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: Sequence[Path],
+    batch_size: int | None = None,
+) -> Options:  # fmt: skip
+    from bench.plan import Options
+
+    return Options(grid, profile, seed, limit, batch_size, tuple(str(p) for p in plugin))
+
+
+def _open(options: Options, store: Path) -> tuple[Plan, Store]:
+    from bench.plan import make_plan
+    from bench.store import Store
+
+    return make_plan(options), Store(store)
+
+
+# -- run ------------------------------------------------------------------------------------------------------------
+@app.command()
+def run(
+    grid: GridOption,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: every GPU, else the CPU.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes per device.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch; never changes results.")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--overwrite", help="Reuse stored results, or recompute.")] = True,
+    store: StoreOption = DEFAULT_STORE,
+    out_dir: OutOption = None,
+    plugin: PluginOption = [],  # noqa: B006
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; only files.")] = False,
+) -> None:
+    """Run what a grid lacks, then write and print its tables."""
+    from bench.progress import Display
+    from bench.runner import environment, overwrite, pending, run_plan
+    from bench.tables import notes
+
+    options = _options(grid, profile, seed, limit, plugin, batch_size)
+    plan, opened = _open(options, store)
+    _check_tables(plan)
+    devices = _devices(device)
+    if not resume:
+        overwrite(plan, opened)
+    jobs, cached = pending(plan, opened)
+    skipped = sum(cell.skip is not None for cell in plan.cells)
+    environment()
+    with Display(err, jobs, {c.key: c.label for c in plan.cells}, plan, quiet=quiet) as display:
+        display.say(
+            f"{plan.grid.name} on profile {plan.profile}: {len(plan.cells)} cells, {cached} cached, {skipped} skipped, "
+            f"{sum(j.kind == 'craft' for j in jobs)} crafts and {sum(j.kind == 'cell' for j in jobs)} cells to run"
+        )
+        pool = len(devices) * workers > 1
+        run_plan(
+            plan, opened, display, "processes" if pool else "inprocess", workers=workers, devices=devices, jobs=jobs
+        )
+    frame, written = _write(plan, opened, out_dir, display.errors)
+    if not quiet:
+        _print_tables(plan, frame)
+        for line in notes(frame):
+            out.print(escape(line))
+    err.print(f"wrote {escape(str(written))}")
+    if display.errors:
+        for key, reason in display.errors.items():
+            err.print(f"bench: failed: {escape(display.labels.get(key, key[:12]))}: {escape(reason)}")
+        raise typer.Exit(1)
+
+
+def _devices(device: str | None) -> tuple[str, ...]:
+    import torch
+
+    if device is None:
+        count = torch.cuda.device_count()
+        return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
+    chosen = tuple(part.strip() for part in device.split(",") if part.strip())
+    for name in chosen:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+            reason = str(error).splitlines()[0]
+            raise GridError(f"--device {name} cannot be used ({reason}); available: {', '.join(known)}") from None
+    if not chosen:
+        raise GridError("--device: expected a device such as cpu or cuda:0")
+    return chosen
+
+
+def _check_tables(plan: Plan) -> None:
+    from bench.plan import check_names
+
+    for message in check_names(plan):
+        raise GridError(f"{plan.options.grid}, {message}")
+
+
+def _write(
+    plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]
+) -> tuple[Any, Path]:
+    """The frame, and the folder its tables were written to."""
+    from bench.errors import StoreError
+    from bench.frame import VOLATILE, cell_frame
+    from bench.tables import write_tables
+
+    frame = cell_frame(plan, store, errors)
+    folder = out_dir or Path("results") / plan.grid.name
+    try:
+        write_tables(frame.drop(columns=list(VOLATILE)), plan.grid.tables, folder, title=plan.grid.title or plan.grid.name)
+    except OSError as error:
+        raise StoreError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
+    return frame, folder
+
+
+def _print_tables(plan: Plan, frame: Any) -> None:
+    from bench.tables import markdown
+
+    for spec in plan.grid.tables:
+        out.print(escape(markdown(frame, spec)), markup=True)
+        out.print()
+
+
+# -- looking --------------------------------------------------------------------------------------------------------
+@app.command("plan")
+def plan_command(
+    grid: GridOption,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Show a grid's cells, what is cached and the time the rest will take."""
+    from bench.progress import duration
+    from bench.runner import pending
+
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    _check_tables(plan)
+    jobs, cached = pending(plan, opened)
+    waiting = {job.key: job for job in jobs}
+    table = Table("cell", "role", "defense", "attack", "level", "images", "state", box=None, pad_edge=False)
+    for cell in plan.cells:
+        state = f"skip: {cell.skip}" if cell.skip else ("to run" if cell.key in waiting else "cached")
+        table.add_row(
+            cell.key[:12], cell.target.role, cell.defense_label, cell.attack_label, cell.level_label,
+            str(len(cell.target.ids)), escape(state),
+        )  # fmt: skip
+    out.print(table)
+    skipped = sum(cell.skip is not None for cell in plan.cells)
+    out.print(
+        f"{len(plan.cells)} cells: {cached} cached, {skipped} skipped, {sum(j.kind == 'cell' for j in jobs)} to run "
+        f"with {sum(j.kind == 'craft' for j in jobs)} of {len(plan.crafts())} crafts; "
+        f"about {duration(sum(job.cost for job in jobs))} on one device"
+    )
+
+
+@app.command()
+def table(
+    grid: GridOption,
+    name: Annotated[str | None, typer.Option("--name", help="Only this table.")] = None,
+    format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")] = "markdown",
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Print a grid's tables from stored results, in another format if asked; runs nothing.
+
+    `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds.
+    """
+    from bench.frame import cell_frame
+    from bench.tables import FORMATS, render
+
+    if format not in FORMATS:
+        raise GridError(f"--format: {unknown('format', format, FORMATS)}")
+    if format == "parquet" and output is None:
+        raise GridError("--format parquet needs --output FILE")
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    _check_tables(plan)
+    specs = plan.grid.tables
+    if name is not None:
+        specs = [spec for spec in specs if spec.name == name]
+        if not specs:
+            raise GridError(f"--name: {unknown('table', name, (s.name for s in plan.grid.tables))}")
+    frame = cell_frame(plan, opened)
+    if format == "parquet":
+        assert output is not None
+        output.parent.mkdir(parents=True, exist_ok=True)
+        frame.assign(flags=[list(f) for f in frame["flags"]]).to_parquet(output, index=False)
+        return
+    text = "\n\n".join(render(frame, spec, format) for spec in specs) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics or grids.")],
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """List what is registered, with parameters and defaults."""
+    from bench import registry
+    from bench.grid import GRIDS
+
+    for path in plugin:
+        registry.load_plugin(path)
+    registries: dict[str, Any] = {
+        "defenses": registry.DEFENSES, "attacks": registry.ATTACKS, "tasks": registry.TASKS,
+        "models": registry.MODELS, "datasets": registry.DATASETS, "metrics": registry.METRICS,
+    }  # fmt: skip
+    if kind == "grids":
+        from bench.grid import read_yaml
+
+        table = Table("grid", "title", box=None, pad_edge=False)
+        for path in sorted(GRIDS.rglob("*.yaml")):
+            if "profiles" not in path.parts:
+                table.add_row(path.relative_to(GRIDS.parent).as_posix(), escape(str(read_yaml(path).get("title", ""))))
+        out.print(table)
+        return
+    if kind not in registries:
+        raise GridError(unknown("list", kind, [*registries, "grids"]))
+    chosen = registries[kind]
+    table = Table("name", "what", "parameters (defaults)", box=None, pad_edge=False)
+    for name in chosen.names():
+        cls = chosen.resolve(name)
+        parameters = [
+            f"{p.name}: {p.annotation}" if p.required else f"{p.name}={p.default}" for p in chosen.parameters(name)
+        ]
+        summary = (cls.__doc__ or "").strip().splitlines()
+        table.add_row(name, escape(summary[0] if summary else ""), escape(", ".join(parameters)))
+    out.print(table)
+
+
+def _find(
+    cell: str, grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: list[Path], store: Path
+) -> tuple[Cell, Plan, Store]:
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    return plan.cell(cell), plan, opened
+
+
+CellArgument = Annotated[str, typer.Argument(help="The first characters of a key, or role / defense / attack / level.")]
+
+
+@app.command()
+def show(
+    cell: CellArgument,
+    grid: GridOption,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Everything about one cell: parameters, weights, versions, cost, result."""
+    from bench.frame import cell_frame
+    from bench.runner import cell_record
+
+    found, plan, opened = _find(cell, grid, profile, seed, limit, plugin, store)
+    frame = cell_frame(plan, opened)
+    lines = frame[frame["cell"] == found.key[:16]]
+    lines = lines[lines["attack"] == found.attack_label]
+    out.print(f"[bold]{escape(found.label)}[/bold]\nkey {found.key}")
+    for line in lines.drop_duplicates("metric").to_dict("records"):
+        if line["status"] in ("ok", "partial"):
+            out.print(
+                f"{line['metric']}: {line['value']:.4f} [{line['low']:.4f}, {line['high']:.4f}] "
+                f"on {line['n']} of {line['n_total']} images, {line['forwards']} forward and {line['backwards']} "
+                f"backward passes, {line['seconds']:.1f} s"
+            )
+        else:
+            out.print(f"{line['metric']}: {line['status']}: {escape(line['reason'])}")
+    for flag in sorted({f for flags in lines["flags"] for f in flags}):
+        from bench.checks import FLAGS
+
+        out.print(f"suspect: {flag}: {FLAGS.get(flag, '')}")
+    out.print_json(json.dumps(found.payload))
+    for created in cell_record(opened, found).environments():
+        out.print_json(json.dumps(created))
+    limit_flag = f" --limit {limit}" if limit else ""
+    out.print(f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}")
+
+
+@app.command()
+def why(
+    cell: CellArgument,
+    grid: GridOption,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Why a cell is cached or not: what its key holds, and how the nearest stored cell differs."""
+    from bench.keys import explain
+    from bench.runner import cell_record, craft_record
+
+    found, _, opened = _find(cell, grid, profile, seed, limit, plugin, store)
+    out.print(f"[bold]{escape(found.label)}[/bold]\nkey {found.key}")
+    if found.skip is not None:
+        out.print(f"not run: {escape(found.skip)}")
+        return
+    total = len(found.target.ids)
+    present = total - len(cell_record(opened, found).missing(found.target.ids))
+    out.print(f"rows: {present} of {total} images stored")
+    if found.craft is not None:
+        record = craft_record(opened, found.craft)
+        crafted = total - len(record.missing(found.target.ids))
+        out.print(f"adversarial images (key {found.craft.key[:12]}): {crafted} of {total} stored")
+    if present == total:
+        out.print("cached: every image has a row under this key")
+        return
+    differences = {
+        key: explain(opened.payload("cells", key), found.payload) for key in opened.find("cells") if key != found.key
+    }
+    if not differences:
+        out.print("not cached: the store holds no other cell to compare with")
+        return
+    closest = min(differences, key=lambda key: (len(differences[key]), key))
+    out.print(f"not cached: the nearest stored cell is {closest[:12]}, which differs in")
+    for line in differences[closest]:
+        out.print(f"  {escape(line)}")
+
+
+@app.command()
+def doctor(store: StoreOption = DEFAULT_STORE) -> None:
+    """Check the installation: what is there, what is missing, and the fix."""
+    from bench.doctor import diagnose
+
+    findings = diagnose(store)
+    for finding in findings:
+        mark = "[green]ok[/green]  " if finding.ok else "[red]fail[/red]"
+        out.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}")
+        if not finding.ok and finding.fix:
+            out.print(f"       fix: {escape(finding.fix)}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of grid files, for editors."""
+    from bench.grid import Grid
+
+    sys.stdout.write(json.dumps(Grid.model_json_schema(), indent=2) + "\n")
+
+
+# -- zoo ------------------------------------------------------------------------------------------------------------
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """The shipped weights with recorded scores and rebuild commands."""
+    from tasks.mini.manifest import read_manifest
+
+    table = Table("name", "kB", "recorded", "sha256", "rebuild", box=None, pad_edge=False)
+    for name, entry in sorted(read_manifest().items()):
+        scores = ", ".join(f"{k} {v:.3f}" for k, v in entry["scores"].items() if isinstance(v, float))
+        table.add_row(name, str(entry["bytes"] // 1000), scores, entry["sha256"][:12], entry["command"])
+    out.print(table)
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="A name of `zoo list`, or `all`.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: the shipped one.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """Train a target model of the embedded profile from scratch and record its score."""
+    from tasks.mini.zoo import recipe_names, build
+
+    names = recipe_names()
+    chosen = names if name == "all" else [name]
+    for item in chosen:
+        if item not in names:
+            raise GridError(unknown("zoo model", item, names))
+        scores = build(item, out_dir, seed=seed, device=device, progress=_say)
+        out.print(f"{item}: " + ", ".join(f"{k} {v}" for k, v in scores.items()))
+
+
+def _say(message: str) -> None:
+    err.print(escape(message))
+
+

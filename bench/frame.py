@@ -1,0 +1,244 @@
+"""From stored rows to one long pandas frame: a line per cell and metric, with intervals, worst cases and flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.checks import craft_flags
+from bench.keys import canonical, content_key
+from bench.plan import CLEAN, Cell, Plan, task_instance
+from bench.protocols import Metric
+from bench.registry import METRICS
+from bench.runner import cell_record
+from bench.stats import bootstrap_interval, wilson, worst_case
+from bench.store import Record, Store
+
+WORST = "worst case"
+SUMMARY_VERSION = 1
+
+COLUMNS = [
+    "grid", "profile", "cell", "role", "task", "dataset", "model", "defense", "attack", "level", "level_label",
+    "seed", "image_format", "metric", "unit", "higher_is_better", "value", "low", "high", "n", "n_total", "repeats",
+    "value_worst", "status", "reason", "flags", "attack_name", "attack_params", "defense_params", "weights",
+    "forwards", "backwards", "linf_max", "seconds",
+]  # fmt: skip
+#: Columns that differ from run to run; left out of committed tables.
+VOLATILE = ("seconds",)
+
+
+class _Repeated(Metric):
+    """A metric averaged over the repeats of a stochastic defense, on the same images."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """`rows` hold lists of statistics, one entry a repeat."""
+        repeats = len(rows[0]["stats"]) if rows else 0
+        return [self.metric.prepare([row["stats"][r] for row in rows]) for r in range(repeats)]
+
+    def value(self, prepared: list[Any], weights: np.ndarray | None = None) -> float:
+        """Mean over repeats."""
+        return float(np.mean([self.metric.value(p, weights) for p in prepared]))
+
+    def each(self, prepared: list[Any]) -> list[float]:
+        """One value a repeat."""
+        return [float(self.metric.value(p)) for p in prepared]
+
+
+def load_rows(record: Record, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Stored rows of the images that have one, in order, `stats` and `scores` decoded."""
+    present = record.done()
+    rows = record.read_rows([i for i in ids if i in present])
+    return [{**row, "stats": json.loads(row["stats"]), "scores": json.loads(row["scores"])} for row in rows]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> list[dict[str, Any]]:
+    """Value and 95 % interval of every metric of the task over `rows`."""
+    out = []
+    for name in task_instance(task_name).metrics:
+        metric: Metric = METRICS.create(name)
+        repeated = _Repeated(metric)
+        prepared = repeated.prepare(rows)
+        values = repeated.each(prepared)
+        value = float(np.mean(values))
+        if metric.interval == "wilson":
+            low, high = wilson(value * len(rows), len(rows))
+        else:
+            low, high = bootstrap_interval(repeated, prepared, len(rows), seed)
+        worst = min(values) if metric.higher_is_better else max(values)
+        out.append(
+            {
+                "metric": name, "unit": metric.unit, "higher_is_better": metric.higher_is_better,
+                "value": value, "low": low, "high": high, "value_worst": worst if len(values) > 1 else float("nan"),
+            }
+        )  # fmt: skip
+    return out
+
+
+def cell_frame(plan: Plan, store: Store, errors: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The frame of all cells of a plan, in the grid's order, worst cases included.
+
+    Args:
+        plan: the resolved grid.
+        store: where the rows are.
+        errors: cell key or craft key -> why it failed in this run.
+    """
+    errors = errors or {}
+    lines: list[dict[str, Any]] = []
+    groups: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in plan.cells:
+        lines.extend(_cell_lines(plan, store, cell, errors))
+        if cell.attack is not None:
+            group = (cell.target.role, cell.defense_label, cell.level_label, cell.image_format)
+            groups.setdefault(group, []).append(cell)
+    for cells in groups.values():
+        lines.extend(_worst_lines(plan, store, cells))
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    orders = {**plan.orders, "attack": (*plan.orders.get("attack", ()), WORST)}
+    for column in ("role", "defense", "attack", "level_label", "image_format"):
+        frame[column] = pd.Categorical(frame[column], categories=list(orders.get(column, ())), ordered=True)
+    return _flag_across(frame)
+
+
+def _base(plan: Plan, cell: Cell) -> dict[str, Any]:
+    return {
+        "grid": plan.grid.name, "profile": plan.profile, "cell": cell.key[:16], "role": cell.target.role,
+        "task": cell.target.task, "dataset": cell.target.dataset.name, "model": _model_name(cell),
+        "defense": cell.defense_label, "attack": cell.attack_label, "level": cell.level,
+        "level_label": cell.level_label, "seed": cell.seed, "image_format": cell.image_format,
+        "n_total": len(cell.target.ids), "repeats": cell.repeats, "reason": "", "flags": (),
+        "value": float("nan"), "low": float("nan"), "high": float("nan"), "value_worst": float("nan"), "n": 0,
+        "attack_name": "" if cell.attack is None else cell.attack.name,
+        "attack_params": "{}" if cell.attack is None else canonical(cell.attack.params),
+        "defense_params": canonical(cell.defense.identity()),
+        "weights": str(cell.target.model.identity().get("weights_sha256", "")),
+        "forwards": 0, "backwards": 0, "linf_max": float("nan"), "seconds": 0.0,
+    }  # fmt: skip
+
+
+def _model_name(cell: Cell) -> str:
+    identity = cell.target.model.params.get("id")
+    return f"{cell.target.model.name}:{identity}" if identity else cell.target.model.name
+
+
+def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
+    lines = []
+    for name in task_instance(cell.target.task).metrics:
+        metric: Metric = METRICS.create(name)
+        lines.append(
+            {**_base(plan, cell), "metric": name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
+            | values
+        )
+    return lines
+
+
+def _cell_lines(plan: Plan, store: Store, cell: Cell, errors: Mapping[str, str]) -> list[dict[str, Any]]:
+    if cell.skip is not None:
+        return _empty(plan, cell, status="skip", reason=cell.skip)
+    record = cell_record(store, cell)
+    failure = errors.get(cell.key) or (errors.get(cell.craft.key) if cell.craft is not None else None)
+    count = len(set(cell.target.ids) & record.done())
+    if count == 0:
+        status = "error" if failure else "pending"
+        return _empty(plan, cell, status=status, reason=failure or "not run yet")
+    summary = _cached_summary(record, cell, count)
+    flags = tuple(summary["flags"])
+    extra = {k: summary[k] for k in ("forwards", "backwards", "linf_max", "seconds", "n")}
+    status = "ok" if count == len(cell.target.ids) else ("error" if failure else "partial")
+    return [
+        {**_base(plan, cell), **extra, **line, "status": status, "reason": failure or "", "flags": flags}
+        for line in summary["metrics"]
+    ]
+
+
+def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
+    ids = [i for i in cell.target.ids if i in record.done()]
+    name = "summary-" + content_key({"ids": ids, "version": SUMMARY_VERSION, "seed": cell.seed})[:16]
+    known = record.note(name)
+    if known is not None:
+        return dict(known)
+    rows = load_rows(record, ids)
+    infos = [{k.removeprefix("craft_"): v for k, v in row.items() if k.startswith("craft_")} for row in rows]
+    infos = [info for info in infos if info]
+    summary = {
+        "n": count,
+        "metrics": summarise(rows, cell.target.task, cell.seed),
+        "flags": craft_flags(cell.attack, infos) if cell.attack is not None and infos else [],
+        "forwards": sum(int(i["forwards"]) for i in infos),
+        "backwards": sum(int(i["backwards"]) for i in infos),
+        "linf_max": max((float(i["linf"]) for i in infos), default=float("nan")),
+        "seconds": sum(float(i["seconds"]) for i in infos) + sum(float(r["seconds"]) for r in rows),
+    }
+    record.set_note(name, summary)
+    return summary
+
+
+def _worst_lines(plan: Plan, store: Store, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Per image, the attack that leaves the lowest score; over the attacks of one level that apply."""
+    able = [cell for cell in cells if cell.skip is None]
+    if not able:
+        return [
+            {**line, "attack": WORST, "cell": ""}
+            for line in _empty(plan, cells[0], status="skip", reason=cells[0].skip or "")
+        ]
+    first = able[0]
+    ids = [i for i in first.target.ids if all(i in cell_record(store, c).done() for c in able)]
+    if len(ids) < len(first.target.ids):
+        return [
+            {**line, "attack": WORST, "cell": ""}
+            for line in _empty(plan, first, status="pending", reason="not all attacks of this level have finished")
+        ]
+    record = cell_record(store, first)
+    key = {"ids": ids, "version": SUMMARY_VERSION, "seed": first.seed, "cells": [c.key for c in able]}
+    name = "worst-" + content_key(key)[:16]
+    metrics = record.note(name)
+    if metrics is None:
+        rows = {cell.attack_label: load_rows(cell_record(store, cell), ids) for cell in able}
+        chosen, _ = worst_case(rows)
+        metrics = summarise(chosen, first.target.task, first.seed)
+        record.set_note(name, metrics)
+    base = {**_base(plan, first), "attack": WORST, "cell": "", "n": len(ids), "status": "ok"}
+    return [{**base, **line} for line in metrics]
+
+
+def _flag_across(frame: pd.DataFrame) -> pd.DataFrame:
+    """Flags that need several cells: V6 (random noise) and V10 (knowing more must not harm less)."""
+    flags: dict[int, list[str]] = {int(i): list(f) for i, f in zip(frame.index, frame["flags"], strict=True)}
+    ok = frame[(frame["status"] == "ok") & (frame["attack"] != WORST)]
+    keys = ["role", "defense", "image_format", "metric", "seed"]
+    for _, part in ok.groupby(keys, observed=True, sort=False):
+        sign = 1.0 if bool(part["higher_is_better"].iloc[0]) else -1.0
+        noise = part[part["attack_name"] == "noise"]
+        gradient = part[~part["attack_name"].isin(("", "noise")) & (part["level"] != "transfer")]
+        if not len(noise):
+            continue
+        harm = float((sign * noise["value"]).min())
+        # Equal harm is only suspect when there is harm left to do.
+        floor = float((sign * part["value"]).min())
+        for index, value in (sign * gradient["value"]).items():
+            if value > harm or (value == harm and harm > floor):
+                flags[int(str(index))].append("below-noise")
+    adaptive = {"bpda", "white_box"}
+    for _, part in ok.groupby([*keys, "attack"], observed=True, sort=False):
+        sign = 1.0 if bool(part["higher_is_better"].iloc[0]) else -1.0
+        oblivious = part[part["level"] == "oblivious"]
+        knowing = part[part["level"].isin(adaptive)]
+        if not len(oblivious) or not len(knowing):
+            continue
+        # Only a difference beyond the intervals counts: both are measured on the same few images.
+        best = knowing.loc[(sign * knowing["value"]).idxmin()]
+        line = oblivious.iloc[0]
+        clear = line["high"] < best["low"] if sign > 0 else line["low"] > best["high"]
+        if clear:
+            flags[int(str(best.name))].append("oblivious-above-adaptive")
+    frame["flags"] = [tuple(dict.fromkeys(flags[int(i)])) for i in frame.index]
+    return frame
+
+
+__all__ = ["COLUMNS", "VOLATILE", "WORST", "cell_frame", "load_rows", "summarise"]

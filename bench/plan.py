@@ -1,0 +1,411 @@
+"""From a grid to cells: every combination resolved, keyed and, where it cannot be run, skipped with a reason.
+
+A cell is one (role, defense, attack, threat model, seed, image format); its key is a hash of everything that can
+change its numbers. A craft is a set of adversarial images; its key holds what the oracle was made of, so that images
+crafted without a defense (oblivious, transfer) are shared by the cells of all defenses. Neither key holds device,
+batch size, workers, order, paths or the number of images: rows are stored per image, and a larger run reuses them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.chain import Chain
+from bench.errors import BenchError, GridError, NotApplicable, PluginError, unknown
+from bench.grid import Block, DefenseSpec, Grid, PluginSpec, ThreatSpec, load_grid, load_profile, split_spec
+from bench.keys import content_key
+from bench.protocols import Attack, Dataset, Defense, ModelSource, Task
+from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, TASKS, load_plugin
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a grid. All of it except `seed` and `profile` leaves the numbers unchanged.
+
+    Attributes:
+        grid: the grid file.
+        profile, seed: replace the grid's.
+        limit: at most this many images per role.
+        batch_size: images per batch; by default the task's.
+        plugins: more plug-in files.
+    """
+
+    grid: Path
+    profile: str | None = None
+    seed: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A role with its data and model."""
+
+    role: str
+    task: str
+    dataset: Dataset
+    model: ModelSource
+    ids: tuple[str, ...]
+
+    def data_identity(self) -> dict[str, Any]:
+        """The dataset part of a key."""
+        return {"task": self.task, "dataset": self.dataset.name, "fingerprint": self.dataset.fingerprint()}
+
+
+@dataclass(frozen=True)
+class Craft:
+    """A set of adversarial images to make."""
+
+    key: str
+    payload: Mapping[str, Any]
+    target: Target
+    sources: tuple[Target, ...]
+    attack: Attack
+    defense: Defense | None
+    mode: str
+    eot: int
+
+    def cost(self) -> float:
+        """Forward-backward passes per image."""
+        return float(self.attack.passes() * self.eot * len(self.sources))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, per metric."""
+
+    key: str
+    payload: Mapping[str, Any]
+    target: Target
+    defense: Defense
+    defense_label: str
+    attack: Attack | None
+    attack_label: str
+    level: str
+    level_label: str
+    seed: int
+    image_format: str
+    repeats: int
+    craft: Craft | None
+    skip: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages call the cell."""
+        parts = [self.target.role, self.defense_label, self.attack_label]
+        if self.attack is not None:
+            parts.append(self.level_label)
+        return " / ".join(parts) + ("" if self.image_format == "float" else f" [{self.image_format}]")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid, resolved."""
+
+    grid: Grid
+    options: Options
+    profile: str
+    targets: Mapping[str, Target]
+    cells: tuple[Cell, ...]
+    orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def crafts(self) -> dict[str, Craft]:
+        """Crafts of all cells, by key."""
+        return {cell.craft.key: cell.craft for cell in self.cells if cell.craft is not None}
+
+    def cell(self, name: str) -> Cell:
+        """The cell whose key starts with `name` or whose label is `name`.
+
+        Raises:
+            GridError: none or several match.
+        """
+        wanted = " ".join(name.split())
+        found = [c for c in self.cells if c.label == wanted or (len(name) >= 4 and c.key.startswith(name))]
+        if len({c.key for c in found}) == 1:
+            return found[0]
+        if found:
+            raise GridError(f"cell '{name}' is ambiguous: {', '.join(sorted(c.key[:12] for c in found))}")
+        raise GridError(unknown("cell", name, (c.label for c in self.cells)))
+
+
+def make_plan(options: Options) -> Plan:
+    """Resolve a grid into cells.
+
+    Raises:
+        BenchError: the grid, the profile or a plug-in is wrong; one line says where.
+    """
+    grid = load_grid(options.grid)
+    for plugin in grid.plugins:
+        load_plugin(options.grid.parent / plugin)
+    for plugin in options.plugins:
+        load_plugin(Path(plugin))
+    return _Planner(grid, options).plan()
+
+
+class _Planner:
+    def __init__(self, grid: Grid, options: Options) -> None:
+        self.grid = grid
+        self.options = options
+        self.source = str(options.grid)
+        self.profile, self.profile_source = load_profile(options.profile or grid.profile)
+        self.seed = grid.seed if options.seed is None else options.seed
+        self.targets: dict[str, Target] = {}
+        self.crafts: dict[str, Craft] = {}
+        self.cells: dict[tuple[str, ...], Cell] = {}
+        self.orders: dict[str, dict[str, None]] = {}
+        self._defenses: dict[str, tuple[str, Defense]] = {}
+        self._attacks: dict[str, tuple[str, Attack]] = {}
+
+    def plan(self) -> Plan:
+        for label, spec in self.grid.defenses.items():
+            self._defense(spec, f"defenses.{label}", label)
+        for label, attack in self.grid.attacks.items():
+            if label == CLEAN:
+                raise GridError(f"{self.source}, attacks.{label}: '{CLEAN}' is the label of the unattacked images")
+            self._attack(attack, f"attacks.{label}", label)
+        for index, block in enumerate(self.grid.blocks):
+            self._block(block, f"blocks[{index}]")
+        for name in self.grid.images:
+            roles = {target.role for target in self.targets.values()}
+            tasks = {target.task for target in self.targets.values()}
+            if name not in roles | tasks | set(self.profile.roles) | set(TASKS):
+                raise GridError(f"{self.source}, images: {unknown('role or task', name, roles | tasks)}")
+        return Plan(
+            self.grid,
+            self.options,
+            self.profile.name,
+            self.targets,
+            tuple(self.cells.values()),
+            {column: tuple(values) for column, values in self.orders.items()},
+        )
+
+    # -- resolution -----------------------------------------------------------------------------------------------
+    def _target(self, role: str, where: str) -> Target:
+        if role in self.targets:
+            return self.targets[role]
+        if role not in self.profile.roles:
+            raise GridError(f"{self.source}, {where}: {unknown('role', role, self.profile.roles)}")
+        binding = self.profile.roles[role]
+        at = f"{self.profile_source}, roles.{role}"
+        name, params, _ = split_spec(binding.dataset, f"{at}.dataset")
+        dataset: Dataset = DATASETS.create(name, params, f"{at}.dataset")
+        name, params, _ = split_spec(binding.model, f"{at}.model")
+        model: ModelSource = MODELS.create(name, params, f"{at}.model")
+        if dataset.task != model.task:
+            raise GridError(f"{at}: dataset is for task {dataset.task}, the model for task {model.task}")
+        ids = list(dataset.ids())
+        limit = self.grid.images.get(role, self.grid.images.get(dataset.task))
+        if limit is not None and limit > len(ids):
+            raise GridError(
+                f"{self.source}, images: {limit} images asked for {role}, dataset {dataset.name} has {len(ids)}"
+            )
+        ids = ids[: min(x for x in (limit, self.options.limit, len(ids)) if x is not None)]
+        target = Target(role, dataset.task, dataset, model, tuple(ids))
+        self.targets[role] = target
+        return target
+
+    def _defense(self, spec: DefenseSpec, where: str, label: str | None = None) -> tuple[str, Defense]:
+        at = f"{self.source}, {where}"
+        if isinstance(spec, list):
+            if not spec:
+                raise GridError(f"{at}: expected at least one defense, got an empty list")
+            members = [self._defense(s, f"{where}[{i}]") for i, s in enumerate(spec)]
+            chain = Chain([member for _, member in members])
+            name = label or " + ".join(name for name, _ in members)
+            return self._defenses.setdefault(name, (name, chain)) if label else (name, chain)
+        if label is None and isinstance(spec, str) and spec in self._defenses:
+            return self._defenses[spec]
+        name, params, own = split_spec(spec, at)
+        if name not in DEFENSES.names():
+            raise GridError(f"{at}: {unknown('defense', name, {*DEFENSES.names(), *self.grid.defenses})}")
+        defense: Defense = DEFENSES.create(name, params, at)
+        defense.eval().requires_grad_(False)
+        shown = label or own or _label(name, params)
+        if label or own:
+            self._defenses[shown] = (shown, defense)
+        return shown, defense
+
+    def _attack(self, spec: PluginSpec, where: str, label: str | None = None) -> tuple[str, Attack]:
+        at = f"{self.source}, {where}"
+        if label is None and isinstance(spec, str) and spec in self._attacks:
+            return self._attacks[spec]
+        name, params, own = split_spec(spec, at)
+        if name not in ATTACKS.names():
+            raise GridError(f"{at}: {unknown('attack', name, {*ATTACKS.names(), *self.grid.attacks})}")
+        attack: Attack = ATTACKS.create(name, params, at)
+        shown = label or own or _label(name, params)
+        if label or own:
+            self._attacks[shown] = (shown, attack)
+        return shown, attack
+
+    # -- expansion ------------------------------------------------------------------------------------------------
+    def _block(self, block: Block, where: str) -> None:
+        targets = [self._target(role, f"{where}.roles[{i}]") for i, role in enumerate(block.roles)]
+        defenses = [self._defense(spec, f"{where}.defenses[{i}]") for i, spec in enumerate(block.defenses)]
+        attacks = [self._attack(spec, f"{where}.attacks[{i}]") for i, spec in enumerate(block.attacks)]
+        threats = [threat for threat in block.threats if isinstance(threat, ThreatSpec)]
+        for target in targets:
+            for i, (label, attack) in enumerate(attacks):
+                self._check_attack(attack, label, target, f"{where}.attacks[{i}]")
+            for defense_label, defense in defenses:
+                if block.clean:
+                    self._add(target, defense_label, defense, CLEAN, None, None, where)
+                for threat_index, threat in enumerate(threats):
+                    for attack_label, attack in attacks:
+                        at = f"{where}.threats[{threat_index}]"
+                        self._add(target, defense_label, defense, attack_label, attack, threat, at)
+
+    def _check_attack(self, attack: Attack, label: str, target: Target, where: str) -> None:
+        if attack.tasks is not None and target.task not in attack.tasks:
+            raise GridError(
+                f"{self.source}, {where}: attack '{label}' cannot attack role {target.role} (task {target.task}); "
+                f"it is for {', '.join(sorted(attack.tasks))}"
+            )
+        task: type[Task] = TASKS.resolve(target.task)
+        for kind in attack.loss_kinds():
+            if kind not in task.losses:
+                raise GridError(
+                    f"{self.source}, {where}: attack '{label}' on role {target.role}: "
+                    + unknown(f"loss of task {target.task}", kind, task.losses)
+                )
+
+    def _add(
+        self,
+        target: Target,
+        defense_label: str,
+        defense: Defense,
+        attack_label: str,
+        attack: Attack | None,
+        threat: ThreatSpec | None,
+        where: str,
+    ) -> None:
+        craft: Craft | None = None
+        skip: str | None = None
+        level, level_label = CLEAN, CLEAN
+        if attack is not None and threat is not None:
+            level = threat.level
+            level_label = self._level_label(threat, where)
+            try:
+                craft = self._craft(target, defense, attack, threat, where)
+            except NotApplicable as reason:
+                skip = reason.reason
+        if defense.tasks is not None and target.task not in defense.tasks:
+            skip = f"defense '{defense_label}' is for {', '.join(sorted(defense.tasks))}, not {target.task}"
+        for image_format in self.grid.evaluate.formats:
+            identity = (target.role, defense_label, attack_label, level_label, image_format)
+            if identity in self.cells:
+                continue
+            repeats = self.grid.evaluate.repeats if defense.stochastic else 1
+            payload: dict[str, Any] = {
+                "kind": "cell",
+                "data": target.data_identity(),
+                "input": target.model.input_spec(),
+                "target": target.model.identity(),
+                "defense": defense.identity(),
+                "craft": None if craft is None else craft.payload,
+                "image_format": image_format,
+                "repeats": repeats,
+                "seed": self.seed,
+            }
+            if skip is not None:
+                payload["skip"] = [attack_label, level_label, skip]
+            self.cells[identity] = Cell(
+                content_key(payload), payload, target, defense, defense_label, attack, attack_label,
+                level, level_label, self.seed, image_format, repeats, None if skip else craft, skip,
+            )  # fmt: skip
+            for column, value in zip(
+                ("role", "defense", "attack", "level_label", "image_format", "task", "level"),
+                (*identity, target.task, level),
+                strict=True,
+            ):
+                self.orders.setdefault(column, {}).setdefault(value)
+
+    def _level_label(self, threat: ThreatSpec, where: str) -> str:
+        if threat.level == "transfer":
+            return "transfer from " + "+".join(threat.sources)
+        if threat.level == "gray_box":
+            assert threat.surrogate is not None
+            return "gray_box via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
+        return threat.level
+
+    def _craft(self, target: Target, defense: Defense, attack: Attack, threat: ThreatSpec, where: str) -> Craft:
+        sources: tuple[Target, ...] = (target,)
+        behind: Defense | None = None
+        mode = "none"
+        if threat.level == "transfer":
+            sources = tuple(self._target(role, f"{where}.sources") for role in threat.sources)
+            for source in sources:
+                if source.task != target.task:
+                    raise GridError(
+                        f"{self.source}, {where}.sources: {source.role} is a {source.task} model, "
+                        f"{target.role} needs {target.task}"
+                    )
+                if source.role == target.role:
+                    raise NotApplicable(f"transfer from {source.role} to itself is not a transfer")
+        elif threat.level == "gray_box":
+            assert threat.surrogate is not None
+            behind, mode = self._defense(threat.surrogate, f"{where}.surrogate")[1], "exact"
+        elif threat.level in ("bpda", "white_box"):
+            behind, mode = defense, "exact" if threat.level == "white_box" else "bpda"
+        if behind is not None and behind.identity().get("name") == "none":
+            behind, mode = None, "none"
+        if mode == "exact" and behind is not None and not behind.differentiable and "gradient" in attack.needs:
+            raise NotApplicable("the defense is not differentiable: no true gradient exists (bpda applies)")
+        if not attack.needs:
+            # An attack that never asks the victim makes the same images at every level.
+            sources, behind, mode = (target,), None, "none"
+        eot = threat.eot if behind is not None and behind.stochastic else 1
+        payload: dict[str, Any] = {
+            "kind": "craft",
+            "data": target.data_identity(),
+            "input": target.model.input_spec(),
+            "oracle": {
+                "models": [source.model.identity() for source in sources] if attack.needs else [],
+                "defense": None if behind is None else behind.identity(),
+                "mode": mode,
+                "eot": eot,
+            },
+            "attack": attack.identity(),
+            "seed": self.seed,
+        }
+        key = content_key(payload)
+        if key not in self.crafts:
+            self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
+        return self.crafts[key]
+
+
+def _label(name: str, params: Mapping[str, Any]) -> str:
+    if set(params) == {"id"}:
+        return f"{name}:{params['id']}"
+    return name + (f"({', '.join(f'{k}={v}' for k, v in params.items())})" if params else "")
+
+
+@functools.lru_cache(maxsize=None)
+def task_instance(name: str) -> Task:
+    """The registered task `name`."""
+    task: Task = TASKS.create(name)
+    return task
+
+
+def check_names(plan: Plan) -> Sequence[str]:
+    """Column names and values the grid's tables refer to that no cell has, as messages."""
+    messages = []
+    for table in plan.grid.tables:
+        for column, wanted in table.where.items():
+            known = plan.orders.get(column)
+            if known is None:
+                continue
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if value not in known and value != "worst case":
+                    messages.append(f"table '{table.name}', where.{column}: {unknown(column, str(value), known)}")
+    return messages
+
+
+__all__ = ["CLEAN", "BenchError", "Cell", "Craft", "Options", "Plan", "PluginError", "Target", "check_names", "make_plan"]

@@ -1,0 +1,465 @@
+"""Runs cells: craft adversarial images, verify them, evaluate the full defended pipeline, store a row per image.
+
+The parent process plans and schedules; `work` does one job in whatever process the executor chose. A job is a key:
+the worker makes the same plan from the manifest and loads what it needs. Everything is stored per batch, so that a
+kill loses at most the batch in flight.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import __version__
+from bench.checks import check_adversarials, check_images, norms
+from bench.errors import BenchError, CheckError, DataError, NotApplicable, StoreError
+from bench.executors import Event, Job, create_executor
+from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
+from bench.protocols import Batch, ImageRNG, Sample, TargetModel
+from bench.store import Record, Store
+from bench.threat import ModelOracle, Victim
+
+logger = logging.getLogger(__name__)
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All a worker needs to know, as a JSON file."""
+
+    options: Options
+    store: Path
+
+    def write(self, path: Path) -> None:
+        """Write to `path` atomically."""
+        data = {"options": {**asdict(self.options), "grid": str(self.options.grid.resolve())}, "store": str(self.store)}
+        data["options"]["plugins"] = [str(Path(p).resolve()) for p in self.options.plugins]
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(data), encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read what `write` wrote."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        options = data["options"]
+        options["grid"] = Path(options["grid"])
+        options["plugins"] = tuple(options["plugins"])
+        return cls(Options(**options), Path(data["store"]))
+
+
+# -- what the parent does -------------------------------------------------------------------------------------------
+def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
+    """Jobs still to be run, crafts before the cells that need them, and the number of cells already complete."""
+    crafts: dict[str, list[str]] = {}
+    cells: dict[str, Job] = {}
+    cached = 0
+    for cell in plan.cells:
+        if cell.skip is not None or cell.key in cells:
+            continue
+        missing = cell_record(store, cell).missing(cell.target.ids)
+        if not missing:
+            cached += 1
+            continue
+        after: tuple[str, ...] = ()
+        if cell.craft is not None:
+            craft_missing = craft_record(store, cell.craft).missing(cell.target.ids)
+            if craft_missing or cell.craft.key in crafts:
+                known = crafts.setdefault(cell.craft.key, [])
+                known.extend(i for i in craft_missing if i not in set(known))
+                after = (cell.craft.key,)
+        cells[cell.key] = Job(
+            "cell", cell.key, _group(cell.target), _seconds(store, cell.target, float(cell.repeats)) * len(missing),
+            after,
+        )  # fmt: skip
+    by_key = plan.crafts()
+    jobs: list[Job] = []
+    for key, ids in crafts.items():
+        craft = by_key[key]
+        cost = 3 * _seconds(store, craft.target, craft.cost()) * len(ids)
+        jobs.append(Job("craft", key, _group(craft.target), cost))
+    order = {role: i for i, role in enumerate(plan.targets)}
+    jobs.extend(cells.values())
+    by_role = {c.key: c.target.role for c in plan.cells} | {k: c.target.role for k, c in by_key.items()}
+    jobs.sort(key=lambda job: (order[by_role[job.key]], job.kind != "craft"))
+    return jobs, cached
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    on_event: Callable[[Event], None],
+    executor: str = "inprocess",
+    workers: int = 1,
+    devices: Sequence[str] = ("cpu",),
+    jobs: Sequence[Job] | None = None,
+) -> None:
+    """Run everything the store lacks. Events tell progress, failures and skips; results are read from the store."""
+    todo = pending(plan, store)[0] if jobs is None else list(jobs)
+    if not todo:
+        return
+    manifest = store.root / f"manifest-{os.getpid()}.json"
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+        Manifest(plan.options, store.root).write(manifest)
+    except OSError as error:
+        raise StoreError(f"store {store.root} cannot be written: {error.strerror or error}") from None
+    _PLANS[str(manifest)] = (plan, store)
+    try:
+        create_executor(executor, workers=workers, devices=tuple(devices), work="bench.runner:work").run(
+            todo, manifest, on_event
+        )
+    finally:
+        _PLANS.pop(str(manifest), None)
+        manifest.unlink(missing_ok=True)
+
+
+def overwrite(plan: Plan, store: Store) -> None:
+    """Forget the results and adversarial images of the plan's cells."""
+    for cell in plan.cells:
+        cell_record(store, cell).clear()
+    for craft in plan.crafts().values():
+        craft_record(store, craft).clear()
+
+
+def cell_record(store: Store, cell: Cell) -> Record:
+    """The stored rows of a cell."""
+    return store.record("cells", cell.key, cell.payload)
+
+
+def craft_record(store: Store, craft: Craft) -> Record:
+    """The stored adversarial images of a craft."""
+    return store.record("crafts", craft.key, craft.payload)
+
+
+def _group(target: Target) -> str:
+    return f"{target.role}:{target.model.name}"
+
+
+#: Rough seconds per image and pass on one CPU core, until the store has measured the model.
+_DEFAULT_SECONDS = {"classification": 0.003, "segmentation": 0.06, "detection": 0.1}
+
+
+def _seconds(store: Store, target: Target, passes: float) -> float:
+    return _measured(store, target) * passes
+
+
+def _measured(store: Store, target: Target) -> float:
+    path = store.root / "timings.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    return float(known.get(_group(target), _DEFAULT_SECONDS.get(target.task, 0.05)))
+
+
+def _learn_timing(store: Store, target: Target, seconds_per_pass: float) -> None:
+    """Keep the pace of a model for later estimates; losing an update is harmless."""
+    path = store.root / "timings.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known[_group(target)] = round(seconds_per_pass, 6)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        logger.debug("timings not kept: %s", error)
+
+
+# -- what a worker does ---------------------------------------------------------------------------------------------
+_PLANS: dict[str, tuple[Plan, Store]] = {}
+
+
+def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
+    """Run one job; returns the reason when the job turned out to be not applicable.
+
+    Raises:
+        BenchError: the job cannot be done; one line says why.
+    """
+    if str(manifest) not in _PLANS:
+        read = Manifest.read(manifest)
+        _PLANS[str(manifest)] = (make_plan(read.options), Store(read.store))
+    plan, store = _PLANS[str(manifest)]
+    torch_device = torch.device(device)
+    try:
+        if job.kind == "craft":
+            crafts = plan.crafts()
+            ids = _ordered({i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids})
+            run_craft(crafts[job.key], store, ids, torch_device, plan.options.batch_size, report)
+        else:
+            cell = next(c for c in plan.cells if c.key == job.key)
+            run_cell(cell, store, torch_device, plan.options.batch_size, report)
+    except NotApplicable as error:
+        return error.reason
+    return None
+
+
+def run_craft(
+    craft: Craft, store: Store, ids: Sequence[str], device: torch.device, batch_size: int | None, report: Report
+) -> None:
+    """Make the adversarial images of `craft` that the store lacks."""
+    record = craft_record(store, craft)
+    with record.lock():
+        missing = record.missing(ids)
+        done = len(ids) - len(missing)
+        report(done, len(ids))
+        if not missing:
+            return
+        models = tuple(load_model(source, device) for source in craft.sources)
+        prepare = load_model(craft.target, device)
+        defense = None if craft.defense is None else craft.defense.to(device)
+        victim = Victim(models, defense, craft.mode, craft.eot)  # type: ignore[arg-type]
+        victim.check()
+        started, passes = time.perf_counter(), 0
+
+        def attack(batch: Batch) -> None:
+            nonlocal done, passes
+            begun = time.perf_counter()
+            adversarial, infos = craft_batch(craft, victim, batch)
+            seconds = (time.perf_counter() - begun) / len(batch)
+            record.write_images(
+                batch.ids, adversarial.cpu(), [{**info, "seconds": round(seconds, 6)} for info in infos], environment()
+            )
+            passes += sum(int(info["forwards"]) + 2 * int(info["backwards"]) for info in infos)
+            done += len(batch)
+            report(done, len(ids))
+
+        for_each_batch(craft.target, prepare, missing, batch_size, device, attack)
+        if passes:
+            _learn_timing(store, craft.target, (time.perf_counter() - started) / passes)
+
+
+def craft_batch(craft: Craft, victim: Victim, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Adversarial images of one batch, verified, with one record per image."""
+    attack = craft.attack
+    rng = ImageRNG.for_images(craft.key, batch.ids)
+    if victim.defense is not None:
+        victim.defense.check_input((int(batch.images.shape[-2]), int(batch.images.shape[-1])))
+    targets: Sequence[Any] = batch.targets
+    if attack.target is not None:
+        task = task_instance(craft.target.task)
+        targets = task.attack_targets(attack.target, batch.targets, victim.models[0].num_classes, rng.fork("target"))
+    oracle = ModelOracle(victim, attack, rng.fork("oracle"))
+    before = batch.images.clone()
+    adversarial = attack.run(oracle, batch.images, targets, rng.fork("attack")).detach()
+    if not torch.equal(before, batch.images):
+        raise CheckError(f"attack '{attack.name}' modified the clean images it was given")
+    check_adversarials(attack, before, adversarial, batch.ids)
+    adversarial = adversarial.clamp(0, 1)
+    linf, l2 = norms(before, adversarial)
+    infos = []
+    for i, trace in enumerate(oracle.traces):
+        infos.append({**asdict(trace), "linf": float(linf[i]), "l2": float(l2[i])})
+    return adversarial, infos
+
+
+def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | None, report: Report) -> None:
+    """Evaluate `cell` on the images the store has no row for."""
+    record = cell_record(store, cell)
+    ids = cell.target.ids
+    with record.lock():
+        missing = record.missing(ids)
+        done = len(ids) - len(missing)
+        report(done, len(ids))
+        if not missing:
+            return
+        model = load_model(cell.target, device)
+        defense = cell.defense.to(device)
+        crafts = None if cell.craft is None else craft_record(store, cell.craft)
+
+        def evaluate(batch: Batch) -> None:
+            nonlocal done
+            begun = time.perf_counter()
+            infos: Sequence[Mapping[str, Any]] = [{}] * len(batch)
+            attacked = batch
+            if crafts is not None:
+                images, infos = crafts.read_images(batch.ids)
+                attacked = Batch(images.to(device), batch.targets, batch.ids)
+            rows = evaluate_batch(cell, model, defense, attacked)
+            seconds = (time.perf_counter() - begun) / len(batch)
+            record.write_rows(
+                [
+                    {**row, **{f"craft_{k}": v for k, v in info.items()}, "seconds": round(seconds, 6)}
+                    for row, info in zip(rows, infos, strict=True)
+                ],
+                environment(),
+            )
+            done += len(batch)
+            report(done, len(ids))
+
+        for_each_batch(cell.target, model, missing, batch_size, device, evaluate)
+
+
+def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -> list[dict[str, Any]]:
+    """One row per image: `score` (mean over repeats), `scores` and `stats` (JSON lists, one entry a repeat)."""
+    task = task_instance(cell.target.task)
+    images = batch.images
+    if cell.image_format == "uint8":
+        images = (images * 255).round() / 255
+    defense.check_input((int(images.shape[-2]), int(images.shape[-1])))
+    rng = ImageRNG.for_images(cell.key, batch.ids)
+    stats: list[list[dict[str, Any]]] = [[] for _ in batch.ids]
+    with torch.no_grad():
+        for repeat in range(cell.repeats):
+            purified = defense.purify(images, rng.fork("repeat", repeat))
+            predictions = model.predict(purified.images, geometry=purified.geometry)
+            for image_stats, prediction, target in zip(stats, predictions, batch.targets, strict=True):
+                image_stats.append(task.rows(prediction, target))
+    rows = []
+    for image_id, image_stats in zip(batch.ids, stats, strict=True):
+        scores = [float(s["score"]) for s in image_stats]
+        rows.append(
+            {
+                "id": image_id,
+                "score": sum(scores) / len(scores),
+                "scores": json.dumps(scores),
+                "stats": json.dumps(image_stats, sort_keys=True, separators=(",", ":")),
+            }
+        )
+    return rows
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=4)
+def _load(source: Any, device: str) -> TargetModel:
+    model: TargetModel = source.load(torch.device(device))
+    if model.training or any(p.requires_grad for p in model.parameters()):
+        raise CheckError(f"model '{source.name}' is not frozen: expected eval() and requires_grad_(False)")
+    return model
+
+
+def load_model(target: Target, device: torch.device) -> TargetModel:
+    """The frozen model of a target; the last few stay loaded."""
+    return _load(target.model, str(device))
+
+
+def for_each_batch(
+    target: Target,
+    model: TargetModel,
+    ids: Sequence[str],
+    batch_size: int | None,
+    device: torch.device,
+    consume: Callable[[Batch], None],
+) -> None:
+    """Feed `consume` batches of equal-sized images, in order.
+
+    A batch that runs out of memory is redone in halves, and the size stays halved.
+
+    Raises:
+        BenchError: a single image does not fit.
+    """
+    size = batch_size or task_instance(target.task).batch_size
+    index = {image_id: i for i, image_id in enumerate(target.dataset.ids())}
+    start = 0
+    while start < len(ids):
+        samples: list[Sample] = []
+        for image_id in ids[start : start + size]:
+            sample = _sample(target, model, index[image_id])
+            if samples and sample.image.shape != samples[0].image.shape:
+                break
+            samples.append(sample)
+        batch = Batch.of(samples)
+        check_images(batch.images, batch.ids, f"dataset {target.dataset.name}")
+        try:
+            consume(batch.to(device))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise BenchError(f"out of memory with a single image ({batch.ids[0]}) on {device}") from None
+            size = len(batch) // 2
+        else:
+            start += len(batch)
+            continue
+        # Outside the except block: the traceback would keep the tensors alive.
+        logger.warning("out of memory on %s with %d images: going on with batches of %d", device, len(batch), size)
+        del batch
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def _sample(target: Target, model: TargetModel, index: int) -> Sample:
+    try:
+        return model.prepare(target.dataset[index])
+    except (OSError, ValueError) as error:
+        image_id = target.dataset.ids()[index]
+        raise DataError(f"dataset {target.dataset.name}, image {image_id} cannot be read: {error}") from None
+
+
+def _ordered(ids: Mapping[str, None]) -> list[str]:
+    return list(ids)
+
+
+@functools.lru_cache(maxsize=1)
+def environment() -> dict[str, Any]:
+    """Versions, git state and machine, recorded with every stored shard and not part of any key."""
+    from importlib import metadata
+
+    versions = {"bench": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "numpy", "mmengine", "mmdet", "mmsegmentation", "mmcv", "mmcv-lite", "robustbench"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "git": git_state(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the source tree and whether it has local changes; {} outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(  # noqa: S603
+            ["git", "-C", str(root), *arguments],  # noqa: S607
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+__all__ = [
+    "BenchError",
+    "Manifest",
+    "cell_record",
+    "craft_record",
+    "environment",
+    "overwrite",
+    "pending",
+    "run_cell",
+    "run_craft",
+    "run_plan",
+    "work",
+]
