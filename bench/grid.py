@@ -6,6 +6,7 @@ mistake is reported as one line with the file, the key and the nearest valid nam
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bench.errors import GridError, unknown
 from bench.tables import TableSpec
@@ -60,6 +61,14 @@ class ThreatSpec(_Strict):
         return self
 
 
+Threat = Annotated[
+    ThreatSpec,
+    BeforeValidator(
+        lambda item: {"level": item} if isinstance(item, str) else item, json_schema_input_type=Level | ThreatSpec
+    ),
+]
+
+
 class Evaluate(_Strict):
     """How defended predictions are taken."""
 
@@ -73,13 +82,8 @@ class Block(_Strict):
     roles: list[str] = Field(min_length=1)
     defenses: list[DefenseSpec] = Field(min_length=1, description="labels, registered names or inline specs")
     attacks: list[PluginSpec] = Field(min_length=1)
-    threats: list[Level | ThreatSpec] = Field(min_length=1)
+    threats: list[Threat] = Field(min_length=1, description="levels, or levels with their settings")
     clean: bool = Field(default=True, description="also evaluate every defense on clean images")
-
-    @field_validator("threats")
-    @classmethod
-    def _normal(cls, value: list[Any]) -> list[Any]:
-        return [ThreatSpec(level=item) if isinstance(item, str) else item for item in value]
 
 
 class Grid(_Strict):
@@ -237,6 +241,9 @@ def _explain(model: type[BaseModel], error: ValidationError, data: Mapping[str, 
     message = str(chosen["msg"]).removeprefix("Value error, ")
     if chosen["type"] == "missing":
         return f"{path}: this key is required"
+    if chosen["type"] == "literal_error" and isinstance(chosen.get("input"), str):
+        valid = re.findall(r"'([^']*)'", str(chosen.get("ctx", {}).get("expected", "")))
+        return f"{path}: {unknown('value', chosen['input'], valid)}"
     shown = repr(chosen.get("input"))
     return f"{path}: {message}" + (f", got {shown}" if len(shown) < 120 and shown not in message else "")
 

@@ -250,14 +250,13 @@ class _Planner:
         targets = [self._target(role, f"{where}.roles[{i}]") for i, role in enumerate(block.roles)]
         defenses = [self._defense(spec, f"{where}.defenses[{i}]") for i, spec in enumerate(block.defenses)]
         attacks = [self._attack(spec, f"{where}.attacks[{i}]") for i, spec in enumerate(block.attacks)]
-        threats = [threat for threat in block.threats if isinstance(threat, ThreatSpec)]
         for target in targets:
             for i, (label, attack) in enumerate(attacks):
                 self._check_attack(attack, label, target, f"{where}.attacks[{i}]")
             for defense_label, defense in defenses:
                 if block.clean:
                     self._add(target, defense_label, defense, CLEAN, None, None, where)
-                for threat_index, threat in enumerate(threats):
+                for threat_index, threat in enumerate(block.threats):
                     for attack_label, attack in attacks:
                         at = f"{where}.threats[{threat_index}]"
                         self._add(target, defense_label, defense, attack_label, attack, threat, at)

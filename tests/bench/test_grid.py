@@ -1,0 +1,113 @@
+"""Every mistake in a grid is one line with the file, the key and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.errors import BenchError, GridError
+from bench.grid import Grid, load_grid, load_profile, split_spec
+
+GOOD = """
+name: demo
+images: {classification: 8}
+attacks:
+  pgd: {name: pgd, eps: 8/255, alpha: 2/255, steps: 3}
+blocks:
+  - roles: [classification]
+    defenses: [none, jpeg]
+    attacks: [pgd]
+    threats: [oblivious, {level: bpda, eot: 4}]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_grid_loads(tmp_path: Path) -> None:
+    grid = load_grid(write(tmp_path, GOOD))
+    threats = grid.blocks[0].threats
+    assert [(t.level, t.eot) for t in threats] == [("oblivious", 10), ("bpda", 4)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: demo", "nam: demo", "top level: unknown key 'nam': did you mean 'name'?"),
+        ("    defenses: [none, jpeg]\n", "", "blocks[0].defenses: this key is required"),
+        ("defenses: [none, jpeg]", "defenses: []", "blocks[0].defenses: List should have at least 1 item"),
+        ("roles: [classification]", "rolls: [classification]", "unknown key 'rolls': did you mean 'roles'?"),
+        ("roles: [classification]", "roles: classification", "blocks[0].roles: Input should be a valid list"),
+        ("threats: [oblivious,", "threats: [oblivius,", "blocks[0].threats[0]: unknown value 'oblivius': did you mean 'oblivious'?"),
+        ("eot: 4", "eot: 0", "blocks[0].threats[1].eot: Input should be greater than or equal to 1"),
+        ("eot: 4", "eott: 4", "unknown key 'eott': did you mean 'eot'?"),
+        ("{level: bpda, eot: 4}", "{level: transfer}", "level transfer needs `sources`"),
+        ("{level: bpda, eot: 4}", "{level: gray_box}", "level gray_box needs a `surrogate`"),
+        ("images: {classification: 8}", "images: {classification: 0}", "images.classification"),
+        (
+            "images: {classification: 8}",
+            "images: {classification: 8}\nname: two",
+            "line 4, column 1: not valid YAML",
+        ),
+        ("name: demo", "name: [demo", "not valid YAML"),
+        ("name: demo", "name: a/b", "name: String should match pattern"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(GridError) as error:
+        load_grid(path)
+    text = str(error.value)
+    assert message in text and text.startswith(str(path)) and "\n" not in text
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(GridError, match="unknown grid file"):
+        load_grid(tmp_path / "absent.yaml")
+    with pytest.raises(GridError, match="cannot be read"):
+        load_grid(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GridError, match="cannot be read"):
+        load_grid(binary)
+    with pytest.raises(GridError, match="expected a mapping"):
+        load_grid(write(tmp_path, "- just\n- a list\n"))
+
+
+def test_yaml_objects_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GridError, match="not valid YAML"):
+        load_grid(write(tmp_path, "name: !!python/object/apply:os.system ['true']"))
+
+
+def test_profiles() -> None:
+    profile, _ = load_profile("mini")
+    assert {"classification", "source", "ssd", "mask_rcnn", "pspnet", "deeplabv3"} <= set(profile.roles)
+    with pytest.raises(GridError, match="unknown profile 'mimi': did you mean 'mini'"):
+        load_profile("mimi")
+
+
+def test_plugin_specs() -> None:
+    assert split_spec("jpeg", "g") == ("jpeg", {}, None)
+    assert split_spec("robustbench:Carmon2019Unlabeled", "g") == (
+        "robustbench",
+        {"id": "Carmon2019Unlabeled"},
+        None,
+    )
+    assert split_spec({"name": "jpeg", "quality": 50, "label": "q50"}, "g") == (
+        "jpeg",
+        {"quality": 50},
+        "q50",
+    )
+    with pytest.raises(BenchError, match="expected a `name`"):
+        split_spec({"quality": 50}, "g")
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Grid.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(Grid.model_fields)
+    assert {"Block", "ThreatSpec", "Evaluate", "TableSpec"} <= set(schema["$defs"])
