@@ -8,10 +8,8 @@ pairs: bootstrap with shared weights for any metric, the exact McNemar test for 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -33,8 +31,6 @@ __all__ = [
 
 LEVEL = 0.95
 SAMPLES = 1000
-
-A = TypeVar("A")
 
 
 class Interval(NamedTuple):
@@ -189,61 +185,54 @@ def estimate(
     return Estimate(value, interval.low, interval.high, n)
 
 
-@dataclass(frozen=True)
-class WorstCase(Generic[A]):
-    """Per image, the row under the attack that hurt it most.
+class WorstCase(NamedTuple):
+    """Per image, the row under the attack that hurt it most, and that attack."""
 
-    Attributes:
-        ids: image ids, in the order of the first attack.
-        rows: one row per image.
-        attacks: the attack each row comes from.
-    """
-
-    ids: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    attacks: tuple[A, ...]
-
-    def counts(self) -> dict[A, int]:
-        """How many images each attack was the worst for."""
-        return dict(Counter(self.attacks))
+    rows: list[Mapping[str, Any]]
+    attacks: list[str]
 
 
-def worst_case(rows_by_attack: Mapping[A, Mapping[str, Mapping[str, Any]]]) -> WorstCase[A]:
+def worst_case(rows_by_attack: Mapping[str, Sequence[Mapping[str, Any]]]) -> WorstCase:
     """Choose for each image the attack with the lowest `score`; the first attack wins a tie.
 
     For accuracy this is "robust to all attacks". mAP and mIoU are not means over images, so their worst case is the
     metric of the chosen rows, which the attacker could reach but perhaps not the lowest over all choices.
 
     Args:
-        rows_by_attack: attack -> image id -> row with a `score` in [0,1], every attack on the same images.
+        rows_by_attack: attack -> one row per image, with `id` and `score` in [0,1]; every attack on the same images.
+
+    Returns:
+        Rows in the order of the first attack's.
 
     Raises:
-        ValueError: no attacks, attacks on different images, a missing or NaN score.
+        ValueError: no attacks, attacks on different images, an image twice, a missing or NaN score.
     """
     if not rows_by_attack:
         raise ValueError("the worst case needs at least one attack")
     attacks = list(rows_by_attack)
-    ids = list(rows_by_attack[attacks[0]])
-    expected = set(ids)
-    for attack in attacks[1:]:
-        differing = expected.symmetric_difference(rows_by_attack[attack])
+    by_id: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for attack, rows in rows_by_attack.items():
+        by_id[attack] = {str(row["id"]): row for row in rows}
+        if len(by_id[attack]) < len(rows):
+            raise ValueError(f"the rows of {attack} hold an image twice")
+        differing = by_id[attacks[0]].keys() ^ by_id[attack].keys()
         if differing:
             raise ValueError(
                 f"the worst case needs every attack on the same images: {attacks[0]} and {attack} differ in "
                 f"{len(differing)}, first '{min(differing)}'"
             )
-    chosen: list[A] = []
-    for image in ids:
+    worst = WorstCase([], [])
+    for image in by_id[attacks[0]]:
         best, lowest = attacks[0], math.inf
         for attack in attacks:
-            score = rows_by_attack[attack][image].get("score")
+            score = by_id[attack][image].get("score")
             if score is None or math.isnan(score):
                 raise ValueError(f"image '{image}' has no score under {attack}")
             if score < lowest:
                 best, lowest = attack, score
-        chosen.append(best)
-    rows = tuple(rows_by_attack[attack][image] for attack, image in zip(chosen, ids, strict=True))
-    return WorstCase(tuple(ids), rows, tuple(chosen))
+        worst.rows.append(by_id[best][image])
+        worst.attacks.append(best)
+    return worst
 
 
 def _resample(value: Callable[[np.ndarray], float], n: int, seed: int, samples: int) -> np.ndarray:

@@ -185,46 +185,36 @@ def test_mcnemar_refuses_what_is_not_paired_or_binary() -> None:
         mcnemar([0.5, 1], [0, 1])  # type: ignore[list-item]
 
 
+def scored(**scores: float) -> list[dict[str, Any]]:
+    return [{"id": image, "score": score} for image, score in scores.items()]
+
+
 def test_worst_case_takes_the_lowest_score_and_the_first_of_a_tie() -> None:
-    rows = {
-        "pgd": {
-            "a": {"score": 1.0, "by": "pgd"},
-            "b": {"score": 0.0, "by": "pgd"},
-            "c": {"score": 0.4, "by": "pgd"},
-        },
-        "mi": {
-            "c": {"score": 0.3, "by": "mi"},
-            "b": {"score": 0.0, "by": "mi"},
-            "a": {"score": 1.0, "by": "mi"},
-        },
-    }
-    worst = worst_case(rows)
-    assert worst.ids == ("a", "b", "c")
-    assert worst.attacks == ("pgd", "pgd", "mi")
-    assert [row["by"] for row in worst.rows] == ["pgd", "pgd", "mi"]
-    assert worst.counts() == {"pgd": 2, "mi": 1}
+    pgd, mi = scored(a=1.0, b=0.0, c=0.4), scored(c=0.3, b=0.0, a=1.0)
+    rows, attacks = worst_case({"pgd": pgd, "mi": mi})
+    assert attacks == ["pgd", "pgd", "mi"]
+    assert rows[0] is pgd[0] and rows[1] is pgd[1] and rows[2] is mi[0]
 
 
 def test_worst_case_accuracy_counts_images_that_survive_all_attacks() -> None:
-    generator = np.random.default_rng(0)
-    correct = generator.integers(0, 2, (4, 60))
+    correct = np.random.default_rng(0).integers(0, 2, (4, 60))
     rows = {
-        f"attack{i}": {str(j): {"score": int(c)} for j, c in enumerate(line)}
-        for i, line in enumerate(correct)
+        f"attack{i}": scored(**{str(j): int(c) for j, c in enumerate(line)}) for i, line in enumerate(correct)
     }
     worst = worst_case(rows)
     assert estimate(Accuracy(), worst.rows, seed=0).value == pytest.approx(correct.all(axis=0).mean())
 
 
 def test_worst_case_refuses_attacks_on_different_images() -> None:
-    rows = {"pgd": {"a": {"score": 1.0}, "b": {"score": 1.0}}, "mi": {"a": {"score": 1.0}}}
     with pytest.raises(ValueError, match="pgd and mi differ in 1, first 'b'"):
-        worst_case(rows)
-
-
-@pytest.mark.parametrize("row", [{}, {"score": math.nan}])
-def test_worst_case_refuses_rows_without_score(row: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="image 'a' has no score under mi"):
-        worst_case({"pgd": {"a": {"score": 1.0}}, "mi": {"a": row}})
+        worst_case({"pgd": scored(a=1.0, b=1.0), "mi": scored(a=1.0)})
+    with pytest.raises(ValueError, match="rows of mi hold an image twice"):
+        worst_case({"pgd": scored(a=1.0), "mi": scored(a=1.0) * 2})
     with pytest.raises(ValueError, match="at least one attack"):
         worst_case({})
+
+
+@pytest.mark.parametrize("row", [{"id": "a"}, {"id": "a", "score": math.nan}])
+def test_worst_case_refuses_rows_without_score(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="image 'a' has no score under mi"):
+        worst_case({"pgd": scored(a=1.0), "mi": [row]})
