@@ -264,7 +264,13 @@ def _check(split: str, index: int) -> None:
 
 
 def sample(
-    split: str, index: int, *, seed: int = 0, contrast: int | None = None, augment: bool | None = None
+    split: str,
+    index: int,
+    *,
+    seed: int = 0,
+    size: int = IMAGE_SIZE,
+    contrast: int | None = None,
+    augment: bool | None = None,
 ) -> tuple[UInt8, int]:
     """One digit on a photo crop.
 
@@ -275,37 +281,50 @@ def sample(
         split: ``train``, ``val`` or ``test``.
         index: item number, 0 or more.
         seed: another seed gives other blends of the same digits.
+        size: height and width, 32 to 64; the digit grows with it.
         contrast: digit contrast in 1/255; ``CONTRAST`` unless given.
         augment: wide changes of the digit's pose and of the crop; only for ``train`` unless given.
 
     Returns:
-        ``(32, 32, 3)`` uint8 RGB image and the digit's value.
+        ``(size, size, 3)`` uint8 RGB image and the digit's value.
     """
     _check(split, index)
+    if not IMAGE_SIZE <= size <= 2 * IMAGE_SIZE:
+        raise ValueError(f"size: {size} is not between {IMAGE_SIZE} and {2 * IMAGE_SIZE}")
     contrast = CONTRAST if contrast is None else contrast
     augment = split == "train" if augment is None else augment
     ids = split_digits()[split]
     digit = ids[index % len(ids)]
     stream = Stream("mini sample", seed, split, index)
-    image = _background(stream, split, IMAGE_SIZE, 1 + stream.below(2), augment)
+    # Small images show the photograph at one or one half of its size, larger ones at its size only.
+    zoom = 1 + stream.below(2) if size == IMAGE_SIZE else 1
+    image = _background(stream, split, size, zoom, augment)
+
+    def scaled(low: int, high: int) -> int:
+        return stream.between(low * size // IMAGE_SIZE, high * size // IMAGE_SIZE)
+
     if augment:
         pose = _Pose(
-            side=stream.between(19, 28), cx2=IMAGE_SIZE + stream.between(-6, 6), cy2=IMAGE_SIZE + stream.between(-6, 6),
+            side=scaled(19, 28), cx2=size + scaled(-6, 6), cy2=size + scaled(-6, 6),
             angle=stream.between(-150, 150), shear=stream.between(-200, 200), aspect=stream.between(850, 1150),
         )  # fmt: skip
     else:
-        pose = _Pose(
-            side=stream.between(23, 25), cx2=IMAGE_SIZE + stream.between(-3, 3), cy2=IMAGE_SIZE + stream.between(-3, 3)
-        )
-    _blend(stream, image, _draw(digit, pose, 0, 0, IMAGE_SIZE, IMAGE_SIZE), contrast)
+        pose = _Pose(side=scaled(23, 25), cx2=size + scaled(-3, 3), cy2=size + scaled(-3, 3))
+    _blend(stream, image, _draw(digit, pose, 0, 0, size, size), contrast)
     return np.clip(image, 0, 255).astype(np.uint8), int(_scans()[1][digit])
 
 
 def samples(
-    split: str, indices: Sequence[int], *, seed: int = 0, contrast: int | None = None, augment: bool | None = None
+    split: str,
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    size: int = IMAGE_SIZE,
+    contrast: int | None = None,
+    augment: bool | None = None,
 ) -> tuple[UInt8, Int64]:
-    """Several :func:`sample` items stacked: ``(B, 32, 32, 3)`` uint8 images and ``(B,)`` int64 labels."""
-    items = [sample(split, int(i), seed=seed, contrast=contrast, augment=augment) for i in indices]
+    """Several :func:`sample` items stacked: ``(B, size, size, 3)`` uint8 images and ``(B,)`` int64 labels."""
+    items = [sample(split, int(i), seed=seed, size=size, contrast=contrast, augment=augment) for i in indices]
     return np.stack([image for image, _ in items]), np.array([label for _, label in items], dtype=np.int64)
 
 
