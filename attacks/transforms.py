@@ -1,0 +1,245 @@
+"""What happens to the input before the gradient (input diversity) and to the gradient before the step.
+
+Gradient transforms are applied in order: translation invariance, then momentum, as in the published code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attacks.objectives import BoundLoss
+from attacks.steps import norms
+from bench.protocols import Geometry, ImageRNG, Oracle, Warped
+
+MomentumNorm = Literal["mean", "l2", "sign", "none"]
+Canvas = Literal["enlarged", "native"]
+
+
+class GradientTransform(Protocol):
+    """Maps a gradient (B, 3, H, W) and its memory of earlier steps to the next of both."""
+
+    def __call__(self, grad: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`memory` is None at the first step; its first dimension is the batch."""
+        ...
+
+
+class Momentum:
+    """g <- decay * g + grad / mean|grad| (Dong et al. 2018, MI-FGSM, eq. 6).
+
+    The paper divides by the L1 norm, the authors' code by the mean of |grad| per image: a constant factor apart, which
+    neither the sign nor the ratio between steps sees. An image whose gradient is exactly zero at some step (0/0 in the
+    published code, a NaN that never leaves the momentum and whose sign torch takes as 0) adds nothing and keeps the
+    momentum it has. The oracle counts such steps.
+
+    Args:
+        decay: the decay factor mu.
+        normalise: `mean` (the authors' code), `l2` (unit L2 norm), `sign` (signs are accumulated, as foolbox does) or
+            `none`.
+    """
+
+    def __init__(self, decay: float = 1.0, normalise: MomentumNorm = "mean") -> None:
+        self.decay, self.normalise = decay, normalise
+
+    def __call__(self, grad: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The accumulated gradient, twice."""
+        if self.normalise == "sign":
+            grad = grad.sign()
+        elif self.normalise != "none":
+            scale = norms(grad) if self.normalise == "l2" else _mean_abs(grad)
+            grad = grad / scale.masked_fill(scale == 0, 1.0)
+        total = grad if memory is None else torch.add(grad, memory, alpha=self.decay)
+        return total, total
+
+
+class TranslationInvariance:
+    """Convolve each colour channel of the gradient with a Gaussian, zeros outside (Dong et al. 2019, eq. 7).
+
+    The weights are a standard normal density sampled at `size` points of [-sigmas, sigmas] and normalised: `sigmas` is
+    where the Gaussian is cut off, not its width. Size 15 and 3 sigmas mean a standard deviation of 14/6 = 2.33 pixels.
+
+    Args:
+        size: odd number of taps.
+        sigmas: cut-off in standard deviations.
+    """
+
+    def __init__(self, size: int = 15, sigmas: float = 3.0) -> None:
+        if size < 3 or size % 2 == 0:
+            raise ValueError(f"the TI kernel needs an odd size of at least 3, got {size}")
+        self.size, self.sigmas = size, sigmas
+        at = [-sigmas + 2 * sigmas * i / (size - 1) for i in range(size)]
+        density = [math.exp(-(x**2) / 2) for x in at]
+        self.weights = [value / sum(density) for value in density]
+
+    def kernel(self) -> Tensor:
+        """The two-dimensional kernel, (size, size), sum 1."""
+        line = torch.tensor(self.weights, dtype=torch.float64)
+        return torch.outer(line, line).float()
+
+    def __call__(self, grad: Tensor, memory: Tensor | None) -> tuple[Tensor, None]:
+        """The smoothed gradient, and nothing to remember."""
+        # The kernel is separable. Sums of shifted images are faster than a depthwise convolution on the CPU and
+        # add in one fixed order, whatever the batch size.
+        return self._smooth(self._smooth(grad, -1), -2), None
+
+    def _smooth(self, grad: Tensor, dim: int) -> Tensor:
+        half, length = self.size // 2, grad.shape[dim]
+        padded = F.pad(grad, (half, half, 0, 0) if dim == -1 else (0, 0, half, half))
+        out = torch.zeros_like(grad)
+        for shift, weight in enumerate(self.weights):
+            out.add_(padded.narrow(dim, shift, length), alpha=weight)
+        return out
+
+
+def _mean_abs(grad: Tensor) -> Tensor:
+    """mean|g| of each image, (B, 1, 1, 1); in double, see `norms`."""
+    return grad.abs().flatten(1).mean(1, dtype=torch.float64).to(grad.dtype).view(-1, 1, 1, 1)
+
+
+# -- input diversity ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Placement:
+    """Where one step puts each image of a batch on the canvas.
+
+    Attributes:
+        applied: (B,) bool, which images are moved at all.
+        size: (B, 2) height and width after enlarging.
+        corner: (B, 2) top and left of the image on the canvas.
+        canvas: (H, W) of the canvas.
+    """
+
+    applied: Tensor
+    size: Tensor
+    corner: Tensor
+    canvas: tuple[int, int]
+
+
+class InputDiversity:
+    """Enlarge at random, pad with zeros at random, with a probability (Xie et al. 2019, DI2-FGSM, section 3.3).
+
+    As in the authors' code: the canvas is 330/299 of the image, the image is enlarged to a size drawn uniformly from
+    [299, 330) by nearest neighbour and lands at a uniformly drawn place. Each image draws for itself. Images that are
+    not square keep their aspect ratio up to rounding. Pixels move, so the target gets `Warped` images: boxes, masks
+    and label maps follow.
+
+    Args:
+        prob: chance that an image is moved at a step.
+        ratio: canvas size over image size, above 1.
+        canvas: `enlarged` = the victim sees the canvas at its size, as published (images that are not moved are seen at
+            their own size); `native` = the canvas is resized back by nearest neighbour, as many re-implementations do
+            and victims of a fixed input size need.
+    """
+
+    def __init__(
+        self, prob: float = 0.5, ratio: Fraction | float = Fraction(330, 299), canvas: Canvas = "enlarged"
+    ) -> None:
+        if not 0 < prob <= 1:
+            raise ValueError(f"input diversity needs a probability in (0, 1], got {prob}")
+        if not 1 < ratio <= 2:
+            raise ValueError(f"input diversity enlarges by a ratio in (1, 2], got {ratio}")
+        self.prob, self.ratio, self.canvas = prob, Fraction(ratio), canvas
+
+    def draw(self, rng: ImageRNG, size: tuple[int, int]) -> Placement:
+        """Placements of one step for images of `size` (H, W); always four numbers from each stream."""
+        inner = torch.tensor(size)
+        canvas = (self._canvas(size[0]), self._canvas(size[1]))
+        outer = torch.tensor(canvas)
+        u = rng.uniform((4,)).double()
+        enlarged = inner + _below(u[:, 1:2], outer - inner)
+        corner = _below(u[:, 2:4], outer - enlarged)
+        return Placement(u[:, 0] < self.prob, enlarged, corner, canvas)
+
+    def _canvas(self, length: int) -> int:
+        return max(round(length * self.ratio), length + 1)
+
+    def apply(self, images: Tensor, placement: Placement) -> Warped:
+        """The canvases of all `images` (B, 3, H, W), differentiable.
+
+        On an enlarged canvas every image is moved; on a native one those that are not `applied` stay as they are.
+        """
+        inner = (int(images.shape[-2]), int(images.shape[-1]))
+        seen = inner if self.canvas == "native" else placement.canvas
+        scale = placement.size / torch.tensor(inner)
+        offset = placement.corner.float()
+        sources = []
+        for axis in (0, 1):
+            # Output pixel -> canvas pixel -> image pixel, each by nearest neighbour: floor(i * in / out).
+            at = torch.arange(seen[axis]) * placement.canvas[axis] // seen[axis]
+            inside = at[None] - placement.corner[:, axis, None]
+            size = placement.size[:, axis, None]
+            source = torch.div(inside * inner[axis], size, rounding_mode="floor")
+            sources.append(torch.where((inside >= 0) & (inside < size), source, -1))
+        if self.canvas == "native":
+            back = torch.tensor(inner) / torch.tensor(placement.canvas)
+            scale, offset = scale * back, offset * back
+            still = ~placement.applied
+            scale[still], offset[still] = 1.0, 0.0
+            for axis in (0, 1):
+                sources[axis][still] = torch.arange(inner[axis])
+        rows, columns = (_selector(sources[axis], inner[axis], images) for axis in (0, 1))
+        moved = rows @ images @ columns.transpose(-1, -2)
+        return Warped(moved, Geometry(scale.float(), offset.float(), inner, seen))
+
+    def objective(self, bound: BoundLoss, placement: Placement) -> DiverseObjective:
+        """`bound` as seen through one step's placement."""
+        return DiverseObjective(self, bound, placement)
+
+
+@dataclass(frozen=True)
+class DiverseObjective:
+    """An objective whose images pass through input diversity; the placement is the same for every EOT draw."""
+
+    diversity: InputDiversity
+    bound: BoundLoss
+    placement: Placement
+
+    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """Values (B,)."""
+        applied = self.placement.applied
+        if not applied.any():
+            return self.bound(oracle, images)
+        if self.diversity.canvas == "native" or applied.all():
+            return self.bound(oracle, self.diversity.apply(images, self.placement))
+        # Moved and unmoved images differ in size, so the victim sees them in two batches.
+        moved, still = applied.nonzero()[:, 0], (~applied).nonzero()[:, 0]
+        canvases = self.diversity.apply(images[moved.to(images.device)], _part(self.placement, moved))
+        values = torch.cat(
+            [
+                self.bound.select(moved)(oracle.select(moved), canvases),
+                self.bound.select(still)(oracle.select(still), images[still.to(images.device)]),
+            ]
+        )
+        return values[torch.cat([moved, still]).argsort().to(values.device)]
+
+
+def _part(placement: Placement, index: Tensor) -> Placement:
+    return Placement(
+        placement.applied[index], placement.size[index], placement.corner[index], placement.canvas
+    )
+
+
+def _below(u: Tensor, limit: Tensor) -> Tensor:
+    """Integers uniform in [0, limit) from uniform numbers in [0, 1); 0 where the limit is below 1."""
+    return torch.minimum((u * limit).floor().long(), limit - 1).clamp(min=0)
+
+
+def _selector(source: Tensor, length: int, like: Tensor) -> Tensor:
+    """(B, out) source indices, -1 for none, as 0/1 matrices (B, 1, out, length).
+
+    A product with a 0/1 matrix copies pixels exactly, and its backward pass sums in a fixed order, which indexing does
+    not on a GPU.
+    """
+    picks = source[..., None] == torch.arange(length)
+    return picks[:, None].to(device=like.device, dtype=like.dtype)
+
+
+def select_memory(memory: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
+    """What gradient transforms remember of some of the images."""
+    return [None if item is None else item[index] for item in memory]
