@@ -51,7 +51,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
     if offset:
         # (x2 - x1 + 1) for every width, the intersection's included, is a shift of x2 and y2.
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    return torchvision.ops.nms(boxes, scores, float(iou_threshold))
+    keep: Tensor = torchvision.ops.nms(boxes, scores, float(iou_threshold))
+    return keep
 
 
 def _align(
@@ -59,7 +60,8 @@ def _align(
 ) -> Tensor:
     # torchvision adapts the number of samples for -1, mmcv for 0.
     ratio = ratio if ratio > 0 else -1
-    return torchvision.ops.roi_align(features, rois, size, float(scale), ratio, bool(aligned))
+    pooled: Tensor = torchvision.ops.roi_align(features, rois, size, float(scale), ratio, bool(aligned))
+    return pooled
 
 
 def roi_align_forward(
