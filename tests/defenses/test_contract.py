@@ -18,6 +18,12 @@ CASES = {
     "jpeg": ("jpeg", {}),
     "jpeg-444-truncate": ("jpeg", {"quality": 20, "subsampling": "4:4:4", "rounding": "truncate"}),
     "jpeg-422-straight": ("jpeg", {"subsampling": "4:2:2", "gradient": "straight_through"}),
+    "median_filter": ("median_filter", {}),
+    "median_filter-2": ("median_filter", {"size": 2}),
+    "bit_depth": ("bit_depth", {}),
+    "bit_depth-ares": ("bit_depth", {"bits": 4, "rule": "ares"}),
+    "random_resize_pad": ("random_resize_pad", {}),
+    "random_resize_pad-paper": ("random_resize_pad", {"mode": "paper"}),
 }
 
 
@@ -94,6 +100,15 @@ def test_bpda_has_exact_values_and_a_gradient(defense, size, photos, streams):
     assert torch.equal(out.geometry.offset, expected.geometry.offset)
     (grad,) = torch.autograd.grad(out.images.square().sum(), images)
     assert torch.isfinite(grad).all() and (grad != 0).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("case", ["none", "noise", "median_filter", "random_resize_pad"])
+def test_bpda_of_a_defense_with_its_own_gradient_is_that_gradient(case, photos, streams):
+    defense = DEFENSES.create(*CASES[case])
+    images = photos(2, 31, 45).requires_grad_()
+    (own,) = torch.autograd.grad(purify(defense, images, streams(2)).images.square().sum(), images)
+    (through,) = torch.autograd.grad(bpda(defense, images, streams(2)).images.square().sum(), images)
+    assert torch.equal(own, through)
 
 
 def test_works_in_a_chain(defense, photos, streams):
