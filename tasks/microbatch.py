@@ -1,0 +1,35 @@
+"""Networks run in batches of one fixed size, so that an image's result does not depend on its company.
+
+A convolution or a matrix product picks its kernel, and with it the order of its sums, by the shape of the whole batch:
+the same image alone and among others gives logits that differ in the last bits, and a gradient sign that differs with
+them. At one fixed shape and number of threads the kernels are always the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def micro_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """`network(images)` computed `size` images at a time; differentiable.
+
+    The last group is filled up with copies of its first image, whose results are dropped.
+
+    Args:
+        network: maps (size, ...) to (size, ...).
+        images: (B, ...).
+        size: images per call, 1 or more.
+
+    Returns:
+        (B, ...) as `network` returns it.
+    """
+    outputs = []
+    for group in images.split(size):
+        missing = size - len(group)
+        # The copies are detached: their share of the gradient is zero, and adding it would be work for nothing.
+        full = torch.cat([group, group[:1].detach().expand(missing, *group.shape[1:])]) if missing else group
+        outputs.append(network(full)[: len(group)])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
