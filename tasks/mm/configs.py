@@ -318,9 +318,8 @@ def _read_resize(spec: InputSpec, step: Mapping[str, Any], name: str) -> InputSp
     factor = step.get("scale_factor")
     scale = step.get("scale")
     if factor is not None:
-        pair = (
-            (float(factor), float(factor)) if isinstance(factor, (int, float)) else tuple(map(float, factor))
-        )
+        x, y = (factor, factor) if isinstance(factor, (int, float)) else factor
+        pair = (float(x), float(y))
         return replace(spec, scale_factor=pair, interpolation=step.get("interpolation", "bilinear"))
     if isinstance(scale, int):
         scale = (scale, scale)
