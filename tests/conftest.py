@@ -1,0 +1,48 @@
+"""What every test runs under: one thread per process, no network, reproducible property tests."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before torch is imported, here or in a child process: the networks are small, and workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Libraries that would look for weights on a hub fail at once instead of retrying.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("BENCH_STORE", None)
+
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline() -> Iterator[None]:
+    """Refuse connections to other machines: a test that needs one would pass here and fail elsewhere."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not _is_local(str(address[0])):
+            raise ConnectionRefusedError(f"tests run offline; something tried to reach {address[0]}")
+        connect(self, address)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
