@@ -1,0 +1,124 @@
+"""The task `classification`: one label per image, judged right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from bench.errors import GridError, unknown
+from bench.protocols import ImageRNG, Metric, Task
+from bench.registry import METRICS, TASKS
+
+__all__ = ["Accuracy", "Classification", "Decision", "ErrorRate"]
+
+_RULES = ("cafd", "class:K", "next", "random")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a classifier says about one image.
+
+    Attributes:
+        label: the predicted class.
+        confidence: its softmax probability.
+        margin: its logit minus the runner-up's.
+    """
+
+    label: int
+    confidence: float
+    margin: float
+
+    def __int__(self) -> int:
+        return self.label
+
+
+@TASKS.register_module(name="classification")
+class Classification(Task):
+    """One of `num_classes` labels per image; targets are integers."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "error_rate")
+    losses: ClassVar[tuple[str, ...]] = ("ce", "margin", "dlr")
+    batch_size: ClassVar[int] = 64
+
+    def rows(self, prediction: Any, target: Any) -> dict[str, Any]:
+        """`score` 1 or 0, `correct`, `label` (truth), `prediction`, `confidence` and `margin` of the prediction."""
+        label, said = int(target), int(prediction)
+        correct = int(said == label)
+        row: dict[str, Any] = {"score": float(correct), "correct": correct, "label": label, "prediction": said}
+        if isinstance(prediction, Decision):
+            row |= {"confidence": prediction.confidence, "margin": prediction.margin}
+        return row
+
+    def attack_targets(self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG) -> tuple[int, ...]:
+        """Wrong labels by `rule`.
+
+        `cafd`: class 3, or 1 where the label is 3 (Zhou et al. 2021, their code). `next`: the label plus one, the
+        last class goes to 0. `random`: any wrong class with equal chance, from the image's own stream. `class:K`:
+        class K for every image.
+
+        Raises:
+            GridError: unknown rule, a class the model does not have, or a target equal to an image's label.
+        """
+        labels = [int(t) for t in targets]
+        if num_classes < 2:
+            raise GridError(f"target '{rule}': a model of {num_classes} classes has no wrong class")
+        if rule == "cafd":
+            chosen = [1 if label == 3 else 3 for label in labels]
+        elif rule == "next":
+            chosen = [(label + 1) % num_classes for label in labels]
+        elif rule == "random":
+            steps = rng.integers(1, num_classes).tolist()
+            chosen = [(label + step) % num_classes for label, step in zip(labels, steps, strict=True)]
+        elif rule.startswith("class:"):
+            number = rule.removeprefix("class:").strip()
+            if not number.isdecimal():
+                raise GridError(f"target '{rule}': expected class:K with a class number, such as class:3")
+            chosen = [int(number)] * len(labels)
+        else:
+            raise GridError(unknown("target rule of task classification", rule, _RULES))
+        for label, wrong in zip(labels, chosen, strict=True):
+            if not 0 <= wrong < num_classes:
+                raise GridError(f"target '{rule}': class {wrong} does not exist, the model has {num_classes} classes")
+            if wrong == label:
+                raise GridError(
+                    f"target '{rule}': an image has label {label} itself; use cafd, next or random, "
+                    "or leave these images out"
+                )
+        return tuple(chosen)
+
+
+class _Mean(Metric):
+    """The mean over images of one 0/1 entry of the rows."""
+
+    task: ClassVar[str] = "classification"
+    interval: ClassVar[Literal["wilson", "bootstrap"]] = "wilson"
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """`correct` of every image as float64."""
+        return np.array([row["correct"] for row in rows], dtype=np.float64)
+
+    def value(self, prepared: Any, weights: np.ndarray | None = None) -> float:
+        """The mean, in [0,1]; NaN without images."""
+        total = len(prepared) if weights is None else float(np.sum(weights))
+        if total == 0:
+            return float("nan")
+        return float(np.sum(prepared) if weights is None else np.dot(prepared, weights)) / total
+
+
+@METRICS.register_module(name="accuracy")
+class Accuracy(_Mean):
+    """Share of images whose predicted label is the true one (top-1)."""
+
+
+@METRICS.register_module(name="error_rate")
+class ErrorRate(_Mean):
+    """Share of images whose predicted label is not the true one; for targeted attacks too (Zhou et al. 2021)."""
+
+    higher_is_better: ClassVar[bool] = False
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """1 - `correct` of every image."""
+        return 1.0 - super().prepare(rows)

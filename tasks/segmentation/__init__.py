@@ -1,0 +1,1 @@
+"""Semantic segmentation: how it is judged, the adapter in front of MMSegmentation models, datasets and models."""
