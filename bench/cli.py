@@ -47,11 +47,11 @@ DEFAULT_STORE = Path(".bench")
 Format = Literal["markdown", "csv", "latex", "html", "parquet"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: turns user errors into one line and exit code 2."""
     logging.basicConfig(level=os.environ.get("BENCH_LOG", "WARNING").upper(), format="%(levelname)s: %(message)s")
     try:
-        app(standalone_mode=False)
+        app(args=arguments, standalone_mode=False)
     except BenchError as error:
         fail(str(error), error.exit_code)
     except typer.Exit as stop:
@@ -357,8 +357,9 @@ def show(
 
         out.print(f"suspect: {flag}: {FLAGS.get(flag, '')}")
     out.print_json(json.dumps(found.payload))
-    for created in cell_record(opened, found).environments():
-        out.print_json(json.dumps(created))
+    rows = cell_record(opened, found).read_rows()
+    for environment in sorted({str(row["environment"]) for row in rows}):
+        out.print_json(environment)
     limit_flag = f" --limit {limit}" if limit else ""
     out.print(f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}")
 

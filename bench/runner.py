@@ -231,9 +231,8 @@ def run_craft(
             begun = time.perf_counter()
             adversarial, infos = craft_batch(craft, victim, batch)
             seconds = (time.perf_counter() - begun) / len(batch)
-            record.write_images(
-                batch.ids, adversarial.cpu(), [{**info, "seconds": round(seconds, 6)} for info in infos], environment()
-            )
+            made = {"seconds": round(seconds, 6), "environment": environment_text()}
+            record.write_images(batch.ids, adversarial.cpu(), [{**info, **made} for info in infos])
             passes += sum(int(info["forwards"]) + 2 * int(info["backwards"]) for info in infos)
             done += len(batch)
             report(done, len(ids))
@@ -291,12 +290,12 @@ def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | N
                 attacked = Batch(images.to(device), batch.targets, batch.ids)
             rows = evaluate_batch(cell, model, defense, attacked)
             seconds = (time.perf_counter() - begun) / len(batch)
+            made = {"seconds": round(seconds, 6), "environment": environment_text()}
             record.write_rows(
                 [
-                    {**row, **{f"craft_{k}": v for k, v in info.items()}, "seconds": round(seconds, 6)}
+                    {**row, **{f"craft_{k}": v for k, v in info.items()}, **made}
                     for row, info in zip(rows, infos, strict=True)
-                ],
-                environment(),
+                ]
             )
             done += len(batch)
             report(done, len(ids))
@@ -432,6 +431,12 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def environment_text() -> str:
+    """`environment` as JSON, as rows carry it."""
+    return json.dumps(environment(), sort_keys=True)
 
 
 def git_state() -> dict[str, Any]:

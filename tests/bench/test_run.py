@@ -1,0 +1,347 @@
+"""The run as a whole, on a toy task: sharing, resuming, and the same table whatever the way it was computed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.cli import main
+from bench.plan import Options, make_plan
+from bench.runner import cell_record, craft_record, pending, work
+from bench.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "tests" / "plugins"
+
+GRID = {
+    "name": "toy",
+    "profile": str(PLUGINS / "toy_profile.yaml"),
+    "plugins": [str(PLUGINS / "toy.py")],
+    "evaluate": {"repeats": 2, "formats": ["float", "uint8"]},
+    "attacks": {
+        "pgd": {"name": "pgd", "eps": "16/255", "alpha": "4/255", "steps": 4},
+        "fgsm": {"name": "fgsm", "eps": "16/255"},
+        "noise": {"name": "noise", "eps": "16/255"},
+    },
+    "defenses": {"random": {"name": "noise", "eps": "8/255"}, "chain": ["bit_depth", "random"]},
+    "blocks": [
+        {
+            "roles": ["classification"],
+            "defenses": ["none", "random", "jpeg", "chain"],
+            "attacks": ["pgd", "fgsm", "noise"],
+            "threats": [
+                "oblivious", {"level": "transfer", "sources": ["source"]}, {"level": "bpda", "eot": 2}, "white_box",
+            ],
+        }
+    ],
+    "tables": [{"name": "main", "rows": ["defense"], "columns": ["level_label", "attack"], "metric": "accuracy"}],
+}  # fmt: skip
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(GRID))
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            main(arguments)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def run(bench: Run, grid: Path, *arguments: str, store: str = "store", out: str = "out") -> dict[str, bytes]:
+    code, _, err = bench("run", "--grid", str(grid), "--store", store, "--out", out, *arguments)
+    assert code == 0, err
+    return files(grid.parent / out)
+
+
+@pytest.fixture
+def reference(bench: Run, grid: Path) -> dict[str, bytes]:
+    """The tables of an undisturbed run in one process."""
+    return run(bench, grid, "--workers", "1", store="reference", out="reference-out")
+
+
+def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> None:
+    plan = make_plan(Options(grid))
+    oblivious = [c for c in plan.crafts().values() if c.defense is None]
+    # Oblivious pgd and fgsm, transfer pgd and fgsm, and one set of noise: five, for four defenses.
+    assert len(oblivious) == 5
+    served = [c for c in plan.cells if c.level in ("oblivious", "transfer")]
+    assert len(served) == 4 * 3 * 2 * 2 and {c.craft.key for c in served if c.craft} == {c.key for c in oblivious}
+    skips = {(c.defense_label, c.attack_label): c.skip for c in plan.cells if c.skip}
+    assert set(skips) == {(d, a) for d in ("jpeg", "chain") for a in ("pgd", "fgsm")}
+    assert all("not differentiable" in reason for reason in skips.values())
+    # A level that knows about `none` is the oblivious level.
+    by_level = {(c.level, c.attack_label): c.key for c in plan.cells if c.defense_label == "none"}
+    assert by_level["white_box", "pgd"] == by_level["bpda", "pgd"] == by_level["oblivious", "pgd"]
+    run(bench, grid)
+    store = Store(grid.parent / "store")
+    assert len(list(store.find("crafts"))) == len(plan.crafts())
+    assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
+
+
+def test_the_second_run_computes_nothing_and_prints_the_same(bench: Run, grid: Path) -> None:
+    arguments = ("run", "--grid", str(grid), "--store", "s", "--out", "o")
+    first = bench(*arguments)
+    tables = files(grid.parent / "o")
+    second = bench(*arguments)
+    assert first[0] == second[0] == 0 and first[1] == second[1] != ""
+    assert "0 crafts and 0 cells to run" in second[2]
+    assert files(grid.parent / "o") == tables
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--batch-size", "5"], ["--workers", "2"]])
+def test_tables_do_not_depend_on_how_they_were_computed(
+    bench: Run, grid: Path, reference: dict[str, bytes], arguments: list[str]
+) -> None:
+    assert run(bench, grid, *arguments) == reference
+
+
+def test_a_smaller_run_is_reused_by_a_larger_one(bench: Run, grid: Path, reference: dict[str, bytes]) -> None:
+    run(bench, grid, "--limit", "5")
+    plan = make_plan(Options(grid))
+    cell = next(c for c in plan.cells if c.craft)
+    store = Store(grid.parent / "store")
+    assert cell.craft is not None
+    assert len(craft_record(store, cell.craft).missing(cell.target.ids)) == 7
+    assert run(bench, grid) == reference
+
+
+def test_another_seed_is_another_result(bench: Run, grid: Path) -> None:
+    run(bench, grid)
+    store = Store(grid.parent / "store")
+    assert len(pending(make_plan(Options(grid, seed=1)), store)[0]) > 0
+
+
+def test_damage_is_named_and_recomputed(bench: Run, grid: Path, reference: dict[str, bytes]) -> None:
+    run(bench, grid)
+    shards = sorted((grid.parent / "store").rglob("part-*.safetensors")) + sorted(
+        (grid.parent / "store").rglob("part-*.parquet")
+    )
+    for shard in (shards[0], shards[-1]):
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(bytes(data))
+    code, _, err = bench("run", "--grid", str(grid), "--store", "store", "--out", "out")
+    assert code == 0 and shards[-1].name in err and "damaged" in err
+    assert files(grid.parent / "out") == reference
+
+
+def test_overwrite_recomputes(bench: Run, grid: Path) -> None:
+    run(bench, grid)
+    code, _, err = bench("run", "--grid", str(grid), "--store", "store", "--out", "out", "--overwrite")
+    assert code == 0 and ", 0 cached" in err
+
+
+def command(grid: Path, *arguments: str) -> list[str]:
+    return [
+        sys.executable, "-m", "bench", "run", "--grid", str(grid), "--store", str(grid.parent / "store"),
+        "--out", str(grid.parent / "out"), "--quiet", "--batch-size", "2", *arguments,
+    ]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def shards(grid: Path) -> int:
+    return len(list((grid.parent / "store").rglob("part-*.*")))
+
+
+def wait_for_shards(process: subprocess.Popen[bytes], grid: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while shards(grid) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_where_it_was(
+    bench: Run, grid: Path, reference: dict[str, bytes], stop: signal.Signals
+) -> None:
+    process = subprocess.Popen(command(grid), env=environment(), stderr=subprocess.PIPE, cwd=grid.parent)
+    wait_for_shards(process, grid, 12)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and b"the same command goes on from here" in err
+        assert b"Traceback" not in err
+    else:
+        assert process.returncode == -signal.SIGKILL
+    kept = shards(grid)
+    assert 12 <= kept
+    assert run(bench, grid) == reference
+    assert shards(grid) > kept
+
+
+def test_two_processes_share_a_store(grid: Path, reference: dict[str, bytes]) -> None:
+    log = grid.parent / "log"
+    processes = [
+        subprocess.Popen(command(grid), env=environment(TOY_LOG=str(log)), cwd=grid.parent) for _ in range(2)
+    ]
+    assert [p.wait(timeout=180) for p in processes] == [0, 0]
+    assert files(grid.parent / "out") == reference
+
+
+def test_out_of_memory_halves_the_batch(
+    bench: Run, grid: Path, reference: dict[str, bytes]
+) -> None:
+    profile = grid.parent / "small.yaml"
+    profile.write_text(
+        "name: toy\nroles:\n  classification: {dataset: toy_images, model: {name: toy_linear, memory: 3}}\n"
+        "  source: {dataset: toy_images, model: {name: toy_linear, scale: 0.3}}\n"
+    )
+    code, _, err = bench(
+        "run", "--grid", str(grid), "--store", "store", "--out", "out", "--profile", str(profile), "--workers", "1"
+    )
+    assert code == 0 and "going on with batches of 3" in err
+    assert files(grid.parent / "out") == reference
+
+
+def test_a_failing_cell_does_not_stop_the_others(bench: Run, grid: Path) -> None:
+    profile = grid.parent / "broken.yaml"
+    profile.write_text(
+        "name: broken\nroles:\n  classification: {dataset: toy_images, model: toy_linear}\n"
+        "  source: {dataset: toy_images, model: {name: toy_linear, scale: 0.3, fail: true}}\n"
+    )
+    code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile))
+    assert code == 1 and "toy.pth: no such file; put it there" in err and "err" in out
+    assert "Traceback" not in err
+    store = Store(grid.parent / "s")
+    plan = make_plan(Options(grid, profile=str(profile)))
+    left = {job.key for job in pending(plan, store)[0]}
+    failed = {c.key for c in plan.cells if c.level == "transfer" and c.attack_label != "noise"}
+    assert failed <= left and left <= failed | {c.craft.key for c in plan.cells if c.key in failed and c.craft}
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"),
+    [("nan", "image toy-1: NaN or infinite pixels"), ("unreadable", "image toy-1 cannot be read: truncated file")],
+)
+def test_bad_images_are_named(bench: Run, grid: Path, poison: str, message: str) -> None:
+    profile = grid.parent / "bad.yaml"
+    profile.write_text(
+        f"name: bad\nroles:\n  classification: {{dataset: {{name: toy_images, poison: {poison}}}, model: toy_linear}}\n"
+        "  source: {dataset: toy_images, model: toy_linear}\n"
+    )
+    code, _, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile))
+    assert code == 1 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": [{**GRID["blocks"][0], "roles": ["clasification"]}]}, "did you mean 'classification'?"),  # type: ignore[index]
+        ({"blocks": [{**GRID["blocks"][0], "attacks": ["pdg"]}]}, "unknown attack 'pdg': did you mean 'pgd'?"),  # type: ignore[index]
+        ({"blocks": [{**GRID["blocks"][0], "defenses": ["jpg"]}]}, "unknown defense 'jpg': did you mean 'jpeg'?"),  # type: ignore[index]
+        ({"blocks": [{**GRID["blocks"][0], "defenses": [[]]}]}, "expected at least one defense"),  # type: ignore[index]
+        ({"attacks": {"pgd": {"name": "pgd", "eps": 8}}}, "did you mean 8/255?"),
+        ({"attacks": {"pgd": {"name": "pgd", "eps": "8/255", "steps": 0}}}, "steps"),
+        ({"attacks": {"pgd": {"name": "pgd", "eps": "8/255", "stps": 3}}}, "did you mean 'steps'?"),
+        ({"attacks": {"pgd": {"name": "bim", "eps": "8/255", "loss": "loc"}}}, "loss"),
+        ({"images": {"classification": 13}}, "13 images asked for classification, dataset toy_images has 12"),
+        ({"images": {"clasification": 3}}, "did you mean 'classification'?"),
+        ({"plugins": ["absent.py"]}, "does not exist"),
+        ({"profile": "mimi"}, "did you mean 'mini'?"),
+        ({"tables": [{"name": "t", "metric": "accurracy"}]}, "did you mean 'accuracy'?"),
+        ({"tables": [{"name": "t", "where": {"role": "clasification"}}]}, "did you mean 'classification'?"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_2(bench: Run, grid: Path, change: dict[str, object], message: str) -> None:
+    grid.write_text(yaml.safe_dump({**GRID, **change}))
+    code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o")
+    assert code == 2 and message in err, err
+    assert err.count("\n") == 1 and "Traceback" not in err and out == ""
+    assert not (grid.parent / "s").exists() or not list((grid.parent / "s").rglob("part-*"))
+
+
+def test_an_unwritable_store_is_one_line(bench: Run, grid: Path) -> None:
+    (grid.parent / "file").write_text("")
+    code, _, err = bench("run", "--grid", str(grid), "--store", "file/store", "--out", "o")
+    assert code == 2 and "file/store" in err and "Traceback" not in err
+
+
+def test_looking_at_a_run(bench: Run, grid: Path) -> None:
+    options = ("--grid", str(grid), "--store", "store")
+    code, out, _ = bench("plan", *options)
+    assert code == 0 and "0 cached" in out and "crafts; about" in out and "skip: the defense is not" in out
+    run(bench, grid, "--limit", "4")
+    code, out, _ = bench("why", "classification / jpeg / pgd / bpda", *options)
+    assert code == 0 and "rows: 4 of 12 images stored" in out
+    run(bench, grid)
+    code, out, _ = bench("why", "classification / jpeg / pgd / bpda", *options)
+    assert code == 0 and "cached: every image has a row" in out
+    code, out, _ = bench("why", "classification / jpeg / pgd / bpda", *options, "--seed", "3")
+    assert code == 0 and "which differs in" in out and "seed: 0 -> 3" in out
+    code, out, _ = bench("show", "classification / jpeg / pgd / bpda", *options)
+    assert code == 0
+    for part in ("accuracy:", "backward passes", '"eps": "16/255"', '"steps": 4', '"versions"', "reproduce: python -m"):
+        assert part in out
+    code, _, err = bench("show", "classification / jpeg / pgd / bdpa", *options)
+    assert code == 2 and "did you mean 'classification / jpeg / pgd / bpda'?" in err
+    for kind in ("markdown", "csv", "latex", "html"):
+        code, out, _ = bench("table", *options, "--format", kind)
+        assert code == 0 and "jpeg" in out
+    code, _, _ = bench("table", *options, "--format", "parquet", "-o", "rows.parquet")
+    assert code == 0 and (grid.parent / "rows.parquet").stat().st_size > 1000
+    code, _, err = bench("table", *options, "--format", "excel")
+    assert code == 2 and "unknown format 'excel'" in err
+
+
+def test_listing(bench: Run) -> None:
+    for kind, names in {
+        "defenses": ("jpeg", "tvm", "quality=75"), "attacks": ("pgd", "dim_ti", "steps="), "tasks": ("detection",),
+        "models": ("mini_vgg", "robustbench"), "datasets": ("mini_digits",), "metrics": ("accuracy", "miou"),
+        "grids": ("table1.yaml",),
+    }.items():  # fmt: skip
+        code, out, err = bench("list", kind)
+        assert code == 0, err
+        assert all(name in out for name in names), out
+    code, _, err = bench("list", "defences")
+    assert code == 2 and "did you mean 'defenses'?" in err
+
+
+def test_a_job_runs_from_a_manifest_alone(grid: Path, tmp_path: Path) -> None:
+    """Workers get keys, not objects."""
+    from bench.runner import Manifest
+
+    store = Store(tmp_path / "store")
+    plan = make_plan(Options(grid))
+    jobs, _ = pending(plan, store)
+    store.root.mkdir()
+    manifest = tmp_path / "store" / "manifest.json"
+    Manifest(plan.options, store.root).write(manifest)
+    seen: list[tuple[int, int]] = []
+    job = next(j for j in jobs if j.kind == "craft")
+    assert work(manifest, job, "cpu", lambda done, total: seen.append((done, total))) is None
+    assert seen[0] == (0, 12) and seen[-1] == (12, 12)
+    cell = next(c for c in plan.cells if c.craft and c.craft.key == job.key)
+    assert craft_record(store, plan.crafts()[job.key]).missing(cell.target.ids) == []
+    assert len(cell_record(store, cell).missing(cell.target.ids)) == 12
