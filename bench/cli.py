@@ -142,9 +142,18 @@ def run(
             out.print(escape(line))
     err.print(f"wrote {escape(str(written))}")
     if display.errors:
-        for key, reason in display.errors.items():
-            err.print(f"bench: failed: {escape(display.labels.get(key, key[:12]))}: {escape(reason)}")
+        _print_failures(display.errors, display.labels)
         raise typer.Exit(1)
+
+
+def _print_failures(errors: dict[str, str], labels: dict[str, str]) -> None:
+    """One line per reason, the cells it hit in short."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in errors.items():
+        reasons.setdefault(reason, []).append(labels.get(key, key[:12]))
+    for reason, names in reasons.items():
+        shown = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        err.print(f"bench: failed: {escape(reason)} ({escape(shown)})")
 
 
 def _devices(device: str | None) -> tuple[str, ...]:

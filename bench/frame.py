@@ -142,7 +142,8 @@ def _cell_lines(plan: Plan, store: Store, cell: Cell, errors: Mapping[str, str])
     if cell.skip is not None:
         return _empty(plan, cell, status="skip", reason=cell.skip)
     record = cell_record(store, cell)
-    failure = errors.get(cell.key) or (errors.get(cell.craft.key) if cell.craft is not None else None)
+    # The craft's failure is the cause; the cell's is that it has nothing to evaluate.
+    failure = (errors.get(cell.craft.key) if cell.craft is not None else None) or errors.get(cell.key)
     count = len(set(cell.target.ids) & record.done())
     if count == 0:
         status = "error" if failure else "pending"
