@@ -132,9 +132,8 @@ def _requirements() -> str:
             f"{DISTRIBUTION} itself is not installed, so its pins are not applied", _INSTALL
         ) from None
     wrong = []
-    for requirement in map(Requirement, declared):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
+    needed = [r for r in map(Requirement, declared) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for requirement in needed:
         installed = _version(requirement.name)
         if installed is None:
             if not _forked(requirement.name):
@@ -143,7 +142,7 @@ def _requirements() -> str:
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
     if wrong:
         raise _Problem("; ".join(wrong), _INSTALL)
-    return f"{DISTRIBUTION} {_version(DISTRIBUTION)} with all {len(declared)} declared requirements checked"
+    return f"{DISTRIBUTION} {_version(DISTRIBUTION)} and its {len(needed)} requirements, as pinned"
 
 
 def _torch() -> str:
