@@ -1,4 +1,4 @@
-# PSPNet (Zhao et al. 2017) on a narrow ResNet-18.
+# PSPNet (Zhao et al. 2017), narrow.
 _base_ = ["mini_base.py"]
 model = dict(
     decode_head=dict(
@@ -10,7 +10,7 @@ model = dict(
         pool_scales=(1, 2, 3, 6),
         dropout_ratio=0.0,
         num_classes=11,
-        norm_cfg={{_base_.norm_cfg}},
+        norm_cfg=None,
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
