@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,65 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         yield Path(folder)
+
+
+FORKER = """
+import itertools, json, os, signal, sys, time, torch
+from bench.store import Store
+torch.set_num_threads(1)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def image(i): return torch.full((1, 3, 64, 64), float(i) / 7)
+for line in sys.stdin:
+    root, key, payload, code = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(code, {**globals(), "record": Store(root).record("crafts", key, payload)})
+        finally:
+            os._exit(0)
+    print(child, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Child:
+    pid: int
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def wait(self) -> None:
+        while self.alive():
+            time.sleep(0.001)
+
+
+class Forker:
+    """Starts processes that use the store without paying for their imports: forks of one that has them."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO
+        )
+
+    def start(self, root: Path, code: str) -> Child:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(root), KEY, PAYLOAD, textwrap.dedent(code)]) + "\n")
+        self.process.stdin.flush()
+        return Child(int(self.process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.process.communicate()
 
 
 def crafts(root: Path) -> Record:
@@ -293,26 +353,6 @@ def test_the_lock_excludes_and_names_the_record(tmp_path: Path) -> None:
         pass
 
 
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    process = python(
-        """
-        import time
-        with record.lock():
-            print("held", flush=True)
-            time.sleep(60)
-        """,
-        tmp_path,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(StoreBusy):
-        with crafts(tmp_path).lock(timeout=0.1):
-            pass
-    process.kill()
-    process.wait()
-    with crafts(tmp_path).lock(timeout=5):
-        pass
-
-
 # -- damage -------------------------------------------------------------------------------------------------------
 def flip(path: Path, where: int) -> None:
     data = bytearray(path.read_bytes())
@@ -530,61 +570,19 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
 
 
 # -- processes ----------------------------------------------------------------------------------------------------
-PRELUDE = """
-import sys, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from bench.store import Store
-record = Store(sys.argv[1]).record("crafts", sys.argv[2], {"attack": {"name": "pgd", "steps": 10}, "seed": 0})
-def image(i): return torch.full((1, 3, 64, 64), float(i) / 7)
-"""
-
-
-def python(code: str, root: Path, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(root), KEY, *args],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-FORK_WRITER = """
-import os, itertools
-# Fork from a warm process: each child writes until it is killed.
-while (line := sys.stdin.readline()):
-    child = os.fork()
-    if child == 0:
-        start = len(record.done())
-        for i in itertools.count(start):
-            record.write_images([str(i)], image(i), [{"i": i}])
-            record.set_note("last", i)
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("gone", flush=True)
-"""
-
-
-def test_kill_9_at_any_moment_leaves_everything_readable(memory_path: Path) -> None:
+def test_kill_9_at_any_moment_leaves_everything_readable(memory_path: Path, forker: Forker) -> None:
+    code = """
+    for i in itertools.count(len(record.done())):
+        record.write_images([str(i)], image(i), [{"i": i}])
+        record.set_note("last", i)
+    """
     rng = random.Random(0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + FORK_WRITER, str(memory_path), KEY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdin is not None and process.stdout is not None
     before = 0
-    for _ in range(25):
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
+    for _ in range(30):
+        child = forker.start(memory_path, code)
         time.sleep(rng.uniform(0.0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        assert process.stdout.readline() == "gone\n"
+        child.kill()
+        child.wait()
         record = crafts(memory_path)
         ids = sorted(record.done(), key=int)
         assert record.warnings == []
@@ -595,32 +593,47 @@ def test_kill_9_at_any_moment_leaves_everything_readable(memory_path: Path) -> N
             assert torch.equal(images[:, 0, 0, 0], torch.tensor([i / 7 for i in range(len(ids))]))
             assert [info["i"] for info in infos] == list(range(len(ids)))
         assert record.note("last") in {None, *range(len(ids))}
-    process.stdin.close()
-    process.wait()
-    assert before > 25
+    assert before > 30
 
 
-def test_two_processes_may_write_one_record_at_once(memory_path: Path) -> None:
+def test_two_processes_may_write_one_record_at_once(memory_path: Path, forker: Forker) -> None:
     code = """
     for i in range(25):
-        record.write_images([str(i), sys.argv[3] + str(i)], image(i).repeat(2, 1, 1, 1), [{"i": i}] * 2)
+        record.write_images([str(i), NAME + str(i)], image(i).repeat(2, 1, 1, 1), [{"i": i}] * 2)
         assert str(i) in record.done()
     assert not record.warnings, record.warnings
+    (record.path.parent / NAME).touch()
     """
-    writers = [python(code, memory_path, name) for name in "xy"]
-    while any(w.poll() is None for w in writers):
+    writers = [forker.start(memory_path, f"NAME = {name!r}\n{textwrap.dedent(code)}") for name in "xy"]
+    while any(writer.alive() for writer in writers):
         reader = crafts(memory_path)
-        done = sorted(reader.done())
-        if done:
-            reader.read_images(done)
+        reader.read_images(sorted(reader.done()))
         assert reader.warnings == []
-        time.sleep(0.02)
-    assert [w.returncode for w in writers] == [0, 0]
+        time.sleep(0.01)
     record = crafts(memory_path)
+    assert all((record.path.parent / name).exists() for name in "xy")
     assert record.done() == {f"{who}{i}" for who in ("", "x", "y") for i in range(25)}
     images, _ = record.read_images([str(i) for i in range(25)])
     assert torch.equal(images[:, 0, 0, 0], torch.tensor([i / 7 for i in range(25)]))
     assert leftovers(memory_path) == []
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, forker: Forker) -> None:
+    code = """
+    with record.lock():
+        (record.path / "held").touch()
+        time.sleep(60)
+    """
+    child = forker.start(tmp_path, code)
+    while not (crafts(tmp_path).path / "held").exists():
+        assert child.alive()
+        time.sleep(0.01)
+    with pytest.raises(StoreBusy):
+        with crafts(tmp_path).lock(timeout=0.1):
+            pass
+    child.kill()
+    with crafts(tmp_path).lock(timeout=5):
+        pass
 
 
 def test_a_record_pruned_under_a_writer_is_written_anew(tmp_path: Path) -> None:
