@@ -10,13 +10,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
 from rich.table import Table
 
 from bench.errors import BenchError, GridError, unknown
@@ -29,14 +38,17 @@ app = typer.Typer(
     help="Benchmark input-purification defenses against adversarial attacks, across tasks.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
 )  # fmt: skip
-zoo_app = typer.Typer(help="The embedded target models: list them, rebuild their weights.", no_args_is_help=True)
+zoo_app = typer.Typer(
+    help="The embedded target models: list them, rebuild their weights.", no_args_is_help=True
+)
 app.add_typer(zoo_app, name="zoo")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 GridOption = Annotated[Path, typer.Option("--grid", "-g", help="Grid file (YAML).")]
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="BENCH_STORE", help="Folder of cached results and adversarial images.")
+    Path,
+    typer.Option("--store", envvar="BENCH_STORE", help="Folder of cached results and adversarial images."),
 ]
 ProfileOption = Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")]
@@ -49,7 +61,9 @@ Format = Literal["markdown", "csv", "latex", "html", "parquet"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: turns user errors into one line and exit code 2."""
-    logging.basicConfig(level=os.environ.get("BENCH_LOG", "WARNING").upper(), format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=os.environ.get("BENCH_LOG", "WARNING").upper(), format="%(levelname)s: %(message)s"
+    )
     try:
         app(args=arguments, standalone_mode=False)
     except BenchError as error:
@@ -105,8 +119,12 @@ def run(
         str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: every GPU, else the CPU.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes per device.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch; never changes results.")] = None,
-    resume: Annotated[bool, typer.Option("--resume/--overwrite", help="Reuse stored results, or recompute.")] = True,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch; never changes results.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--overwrite", help="Reuse stored results, or recompute.")
+    ] = True,
     store: StoreOption = DEFAULT_STORE,
     out_dir: OutOption = None,
     plugin: PluginOption = [],  # noqa: B006
@@ -133,7 +151,13 @@ def run(
         )
         pool = len(devices) * workers > 1
         run_plan(
-            plan, opened, display, "processes" if pool else "inprocess", workers=workers, devices=devices, jobs=jobs
+            plan,
+            opened,
+            display,
+            "processes" if pool else "inprocess",
+            workers=workers,
+            devices=devices,
+            jobs=jobs,
         )
     frame, written = _write(plan, opened, out_dir, display.errors)
     if not quiet:
@@ -169,7 +193,9 @@ def _devices(device: str | None) -> tuple[str, ...]:
         except (RuntimeError, AssertionError) as error:
             known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
             reason = str(error).splitlines()[0]
-            raise GridError(f"--device {name} cannot be used ({reason}); available: {', '.join(known)}") from None
+            raise GridError(
+                f"--device {name} cannot be used ({reason}); available: {', '.join(known)}"
+            ) from None
     if not chosen:
         raise GridError("--device: expected a device such as cpu or cuda:0")
     return chosen
@@ -182,9 +208,7 @@ def _check_tables(plan: Plan) -> None:
         raise GridError(f"{plan.options.grid}, {message}")
 
 
-def _write(
-    plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]
-) -> tuple[Any, Path]:
+def _write(plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]) -> tuple[Any, Path]:
     """The frame, and the folder its tables were written to."""
     from bench.errors import StoreError
     from bench.frame import VOLATILE, cell_frame
@@ -193,7 +217,12 @@ def _write(
     frame = cell_frame(plan, store, errors)
     folder = out_dir or Path("results") / plan.grid.name
     try:
-        write_tables(frame.drop(columns=list(VOLATILE)), plan.grid.tables, folder, title=plan.grid.title or plan.grid.name)
+        write_tables(
+            frame.drop(columns=list(VOLATILE)),
+            plan.grid.tables,
+            folder,
+            title=plan.grid.title or plan.grid.name,
+        )
     except OSError as error:
         raise StoreError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
     return frame, folder
@@ -245,11 +274,15 @@ def plan_command(
 def table(
     grid: GridOption,
     name: Annotated[str | None, typer.Option("--name", help="Only this table.")] = None,
-    format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")] = "markdown",
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")
+    ] = "markdown",
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: print.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
@@ -275,7 +308,8 @@ def table(
     if format == "parquet":
         assert output is not None
         output.parent.mkdir(parents=True, exist_ok=True)
-        frame.assign(flags=[list(f) for f in frame["flags"]]).to_parquet(output, index=False)
+        frame["flags"] = frame["flags"].map(list)
+        frame.to_parquet(output, index=False)
         return
     text = "\n\n".join(render(frame, spec, format) for spec in specs) + "\n"
     if output is None:
@@ -287,7 +321,9 @@ def table(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics or grids.")],
+    kind: Annotated[
+        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics or grids.")
+    ],
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """List what is registered, with parameters and defaults."""
@@ -306,7 +342,9 @@ def list_command(
         table = Table("grid", "title", box=None, pad_edge=False)
         for path in sorted(GRIDS.rglob("*.yaml")):
             if "profiles" not in path.parts:
-                table.add_row(path.relative_to(GRIDS.parent).as_posix(), escape(str(read_yaml(path).get("title", ""))))
+                table.add_row(
+                    path.relative_to(GRIDS.parent).as_posix(), escape(str(read_yaml(path).get("title", "")))
+                )
         out.print(table)
         return
     if kind not in registries:
@@ -316,7 +354,8 @@ def list_command(
     for name in chosen.names():
         cls = chosen.resolve(name)
         parameters = [
-            f"{p.name}: {p.annotation}" if p.required else f"{p.name}={p.default}" for p in chosen.parameters(name)
+            f"{p.name}: {p.annotation}" if p.required else f"{p.name}={p.default}"
+            for p in chosen.parameters(name)
         ]
         summary = (cls.__doc__ or "").strip().splitlines()
         table.add_row(name, escape(summary[0] if summary else ""), escape(", ".join(parameters)))
@@ -324,13 +363,21 @@ def list_command(
 
 
 def _find(
-    cell: str, grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: list[Path], store: Path
+    cell: str,
+    grid: Path,
+    profile: str | None,
+    seed: int | None,
+    limit: int | None,
+    plugin: list[Path],
+    store: Path,
 ) -> tuple[Cell, Plan, Store]:
     plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
     return plan.cell(cell), plan, opened
 
 
-CellArgument = Annotated[str, typer.Argument(help="The first characters of a key, or role / defense / attack / level.")]
+CellArgument = Annotated[
+    str, typer.Argument(help="The first characters of a key, or role / defense / attack / level.")
+]
 
 
 @app.command()
@@ -370,7 +417,9 @@ def show(
     for environment in sorted({str(row["environment"]) for row in rows}):
         out.print_json(environment)
     limit_flag = f" --limit {limit}" if limit else ""
-    out.print(f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}")
+    out.print(
+        f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}"
+    )
 
 
 @app.command()
@@ -403,7 +452,9 @@ def why(
         out.print("cached: every image has a row under this key")
         return
     differences = {
-        key: explain(opened.payload("cells", key), found.payload) for key in opened.find("cells") if key != found.key
+        key: explain(opened.payload("cells", key), found.payload)
+        for key in opened.find("cells")
+        if key != found.key
     }
     if not differences:
         out.print("not cached: the store holds no other cell to compare with")
@@ -441,35 +492,54 @@ def schema() -> None:
 @zoo_app.command("list")
 def zoo_list() -> None:
     """The shipped weights with recorded scores and rebuild commands."""
-    from tasks.mini.manifest import read_manifest
+    from tasks.mini import manifest, zoo
 
-    table = Table("name", "kB", "recorded", "sha256", "rebuild", box=None, pad_edge=False)
-    for name, entry in sorted(read_manifest().items()):
-        scores = ", ".join(f"{k} {v:.3f}" for k, v in entry["scores"].items() if isinstance(v, float))
-        table.add_row(name, str(entry["bytes"] // 1000), scores, entry["sha256"][:12], entry["command"])
+    table = Table("name", "kB", "recorded scores", "sha256", "what", box=None, pad_edge=False)
+    stored = manifest.entries()
+    for name, recipe in sorted(zoo.recipes().items()):
+        entry = stored.get(name, {})
+        scores = ", ".join(f"{k} {v:.3f}" for k, v in entry.get("scores", {}).items() if isinstance(v, float))
+        size = str(entry["bytes"] // 1000) if entry else "–"
+        table.add_row(name, size, scores, entry.get("sha256", "")[:12], escape(recipe.summary))
     out.print(table)
+    out.print("rebuild one: python -m bench zoo build NAME")
 
 
 @zoo_app.command("build")
 def zoo_build(
     name: Annotated[str, typer.Argument(help="A name of `zoo list`, or `all`.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: the shipped one.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option()] = "cpu",
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to; default: the shipped one.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: the seed of the shipped weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
 ) -> None:
     """Train a target model of the embedded profile from scratch and record its score."""
-    from tasks.mini.zoo import recipe_names, build
+    from tasks.mini import zoo
 
-    names = recipe_names()
-    chosen = names if name == "all" else [name]
-    for item in chosen:
-        if item not in names:
-            raise GridError(unknown("zoo model", item, names))
-        scores = build(item, out_dir, seed=seed, device=device, progress=_say)
-        out.print(f"{item}: " + ", ".join(f"{k} {v}" for k, v in scores.items()))
+    names = sorted(zoo.recipes())
+    if name != "all" and name not in names:
+        raise GridError(unknown("zoo model", name, names))
+    (device,) = _devices(device)
+    for item in names if name == "all" else [name]:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err, disable=not err.is_terminal,
+        ) as progress:  # fmt: skip
+            entry = zoo.build(item, out_dir, seed=seed, device=device, progress=_training(item, progress))
+        out.print(f"{item}: " + ", ".join(f"{k} {v}" for k, v in entry["scores"].items()))
 
 
-def _say(message: str) -> None:
-    err.print(escape(message))
+def _training(name: str, progress: Progress) -> Callable[[int, int, str], None]:
+    """Shows a training's steps: a bar on a terminal, a line every 15 s elsewhere."""
+    bar = progress.add_task(name, total=None, note="")
+    spoken = time.monotonic()
 
+    def report(done: int, total: int, note: str) -> None:
+        nonlocal spoken
+        progress.update(bar, completed=done, total=total, note=note)
+        if not err.is_terminal and (done == total or time.monotonic() - spoken >= 15):
+            spoken = time.monotonic()
+            err.print(escape(f"{name}: step {done} of {total} {note}"))
 
+    return report

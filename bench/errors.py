@@ -55,7 +55,7 @@ class NotApplicable(Exception):
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when nothing is close."""
-    found = difflib.get_close_matches(name.lower(), [c for c in choices], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
     return found[0] if found else None
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bench.checks import craft_flags
 from bench.keys import canonical, content_key
-from bench.plan import CLEAN, Cell, Plan, task_instance
+from bench.plan import Cell, Plan, task_instance
 from bench.protocols import Metric
 from bench.registry import METRICS
 from bench.runner import cell_record
@@ -132,7 +132,12 @@ def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
     for name in task_instance(cell.target.task).metrics:
         metric: Metric = METRICS.create(name)
         lines.append(
-            {**_base(plan, cell), "metric": name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
+            {
+                **_base(plan, cell),
+                "metric": name,
+                "unit": metric.unit,
+                "higher_is_better": metric.higher_is_better,
+            }
             | values
         )
     return lines
@@ -193,7 +198,9 @@ def _worst_lines(plan: Plan, store: Store, cells: Sequence[Cell]) -> list[dict[s
     if len(ids) < len(first.target.ids):
         return [
             {**line, "attack": WORST, "cell": ""}
-            for line in _empty(plan, first, status="pending", reason="not all attacks of this level have finished")
+            for line in _empty(
+                plan, first, status="pending", reason="not all attacks of this level have finished"
+            )
         ]
     record = cell_record(store, first)
     key = {"ids": ids, "version": SUMMARY_VERSION, "seed": first.seed, "cells": [c.key for c in able]}
@@ -233,7 +240,7 @@ def _flag_across(frame: pd.DataFrame) -> pd.DataFrame:
         if not len(oblivious) or not len(knowing):
             continue
         # Only a difference beyond the intervals counts: both are measured on the same few images.
-        best = knowing.loc[(sign * knowing["value"]).idxmin()]
+        best = knowing.iloc[int((sign * knowing["value"]).to_numpy().argmin())]
         line = oblivious.iloc[0]
         clear = line["high"] < best["low"] if sign > 0 else line["low"] > best["high"]
         if clear:

@@ -44,8 +44,12 @@ class ThreatSpec(_Strict):
     """
 
     level: Level
-    sources: list[str] = Field(default_factory=list, description="transfer: roles whose models craft the images")
-    surrogate: DefenseSpec | None = Field(default=None, description="gray_box: the defense the attacker trained")
+    sources: list[str] = Field(
+        default_factory=list, description="transfer: roles whose models craft the images"
+    )
+    surrogate: DefenseSpec | None = Field(
+        default=None, description="gray_box: the defense the attacker trained"
+    )
     eot: int = Field(default=10, ge=1, description="gradient draws per step for stochastic defenses")
 
     @model_validator(mode="after")
@@ -64,7 +68,8 @@ class ThreatSpec(_Strict):
 Threat = Annotated[
     ThreatSpec,
     BeforeValidator(
-        lambda item: {"level": item} if isinstance(item, str) else item, json_schema_input_type=Level | ThreatSpec
+        lambda item: {"level": item} if isinstance(item, str) else item,
+        json_schema_input_type=Level | ThreatSpec,
     ),
 ]
 
@@ -72,8 +77,12 @@ Threat = Annotated[
 class Evaluate(_Strict):
     """How defended predictions are taken."""
 
-    repeats: int = Field(default=3, ge=1, description="evaluations of a stochastic defense, each with its own draws")
-    formats: list[ImageFormat] = Field(default=["float"], min_length=1, description="image formats to evaluate")
+    repeats: int = Field(
+        default=3, ge=1, description="evaluations of a stochastic defense, each with its own draws"
+    )
+    formats: list[ImageFormat] = Field(
+        default=["float"], min_length=1, description="image formats to evaluate"
+    )
 
 
 class Block(_Strict):
@@ -95,9 +104,12 @@ class Grid(_Strict):
     seed: int = Field(default=0, ge=0)
     plugins: list[str] = Field(default_factory=list, description="plug-in files, relative to the grid file")
     images: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict, description="images per role or task (the first N of the dataset); all when absent"
+        default_factory=dict,
+        description="images per role or task (the first N of the dataset); all when absent",
     )
-    defenses: dict[str, DefenseSpec] = Field(default_factory=dict, description="labels for configured defenses")
+    defenses: dict[str, DefenseSpec] = Field(
+        default_factory=dict, description="labels for configured defenses"
+    )
     attacks: dict[str, PluginSpec] = Field(default_factory=dict, description="labels for configured attacks")
     evaluate: Evaluate = Field(default_factory=Evaluate)
     blocks: list[Block] = Field(min_length=1)
@@ -128,14 +140,18 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is written twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{key}' is written twice", key_node.start_mark
+            )
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
 
 
 _Loader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-    lambda loader, node: _mapping(typing.cast(_Loader, loader), typing.cast(yaml.MappingNode, node), deep=True),
+    lambda loader, node: _mapping(
+        typing.cast(_Loader, loader), typing.cast(yaml.MappingNode, node), deep=True
+    ),
 )
 
 
@@ -159,7 +175,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise GridError(f"{path}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
-        raise GridError(f"{path}: expected a mapping with keys such as name and blocks, got {type(data).__name__}")
+        raise GridError(
+            f"{path}: expected a mapping with keys such as name and blocks, got {type(data).__name__}"
+        )
     return data
 
 
@@ -211,7 +229,9 @@ def split_spec(spec: PluginSpec, where: str) -> tuple[str, dict[str, Any], str |
     name = params.pop("name", None)
     label = params.pop("label", None)
     if not isinstance(name, str) or not name:
-        raise GridError(f"{where}: expected a `name` of a registered plug-in, got keys {sorted(spec) or 'none'}")
+        raise GridError(
+            f"{where}: expected a `name` of a registered plug-in, got keys {sorted(spec) or 'none'}"
+        )
     return name, params, None if label is None else str(label)
 
 

@@ -168,7 +168,9 @@ class _Planner:
             self._defense(spec, f"defenses.{label}", label)
         for label, attack in self.grid.attacks.items():
             if label == CLEAN:
-                raise GridError(f"{self.source}, attacks.{label}: '{CLEAN}' is the label of the unattacked images")
+                raise GridError(
+                    f"{self.source}, attacks.{label}: '{CLEAN}' is the label of the unattacked images"
+                )
             self._attack(attack, f"attacks.{label}", label)
         for index, block in enumerate(self.grid.blocks):
             self._block(block, f"blocks[{index}]")
@@ -334,7 +336,9 @@ class _Planner:
             return "gray_box via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
         return threat.level
 
-    def _craft(self, target: Target, defense: Defense, attack: Attack, threat: ThreatSpec, where: str) -> Craft:
+    def _craft(
+        self, target: Target, defense: Defense, attack: Attack, threat: ThreatSpec, where: str
+    ) -> Craft:
         sources: tuple[Target, ...] = (target,)
         behind: Defense | None = None
         mode = "none"
@@ -355,7 +359,12 @@ class _Planner:
             behind, mode = defense, "exact" if threat.level == "white_box" else "bpda"
         if behind is not None and behind.identity().get("name") == "none":
             behind, mode = None, "none"
-        if mode == "exact" and behind is not None and not behind.differentiable and "gradient" in attack.needs:
+        if (
+            mode == "exact"
+            and behind is not None
+            and not behind.differentiable
+            and "gradient" in attack.needs
+        ):
             raise NotApplicable("the defense is not differentiable: no true gradient exists (bpda applies)")
         if not attack.needs:
             # An attack that never asks the victim makes the same images at every level.
@@ -386,7 +395,7 @@ def _label(name: str, params: Mapping[str, Any]) -> str:
     return name + (f"({', '.join(f'{k}={v}' for k, v in params.items())})" if params else "")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def task_instance(name: str) -> Task:
     """The registered task `name`."""
     task: Task = TASKS.create(name)
@@ -403,8 +412,21 @@ def check_names(plan: Plan) -> Sequence[str]:
                 continue
             for value in wanted if isinstance(wanted, list) else [wanted]:
                 if value not in known and value != "worst case":
-                    messages.append(f"table '{table.name}', where.{column}: {unknown(column, str(value), known)}")
+                    messages.append(
+                        f"table '{table.name}', where.{column}: {unknown(column, str(value), known)}"
+                    )
     return messages
 
 
-__all__ = ["CLEAN", "BenchError", "Cell", "Craft", "Options", "Plan", "PluginError", "Target", "check_names", "make_plan"]
+__all__ = [
+    "CLEAN",
+    "BenchError",
+    "Cell",
+    "Craft",
+    "Options",
+    "Plan",
+    "PluginError",
+    "Target",
+    "check_names",
+    "make_plan",
+]

@@ -76,14 +76,17 @@ class PluginRegistry(Registry, Generic[T]):  # type: ignore[misc]
     ) -> None:
         base = self._base_class()
         if not (inspect.isclass(module) and issubclass(module, base)):
-            raise PluginError(f"{self.kind} {getattr(module, '__name__', module)!r} must be a class derived from {base.__name__}")
+            raise PluginError(
+                f"{self.kind} {getattr(module, '__name__', module)!r} must be a class derived from {base.__name__}"
+            )
         names = [module_name] if isinstance(module_name, str) else (module_name or [module.__name__])
         for name in names:
             known = self._module_dict.get(name)
             if known is not None and not force and _origin(known) != _origin(module):
-                raise PluginError(f"{self.kind} '{name}' is defined twice: {_origin(known)} and {_origin(module)}")
+                raise PluginError(
+                    f"{self.kind} '{name}' is defined twice: {_origin(known)} and {_origin(module)}"
+                )
             self._module_dict[name] = module
-        module.registered_name = names[0]
 
     # -- look-up ------------------------------------------------------------------------------------------------
     def discover(self) -> None:
@@ -245,7 +248,9 @@ def parameter_model(cls: type) -> type[BaseModel]:
                 raise PluginError(f"{cls.__name__}: parameter '{name}' needs a type annotation")
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (hints[name], default)
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, protected_namespaces=())
+    config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, validate_default=True, protected_namespaces=()
+    )
     return create_model(cls.__name__, __config__=config, **fields)
 
 

@@ -63,7 +63,11 @@ class ImageRNG:
         return out if device is None else out.to(device)
 
     def uniform(
-        self, shape: Sequence[int] = (), low: float = 0.0, high: float = 1.0, device: torch.device | str | None = None
+        self,
+        shape: Sequence[int] = (),
+        low: float = 0.0,
+        high: float = 1.0,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Uniform numbers in [low, high), shape (B, *shape), float32."""
         return self._stack(lambda g: torch.rand(tuple(shape), generator=g), device) * (high - low) + low

@@ -46,7 +46,10 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write to `path` atomically."""
-        data = {"options": {**asdict(self.options), "grid": str(self.options.grid.resolve())}, "store": str(self.store)}
+        data: dict[str, Any] = {
+            "options": {**asdict(self.options), "grid": str(self.options.grid.resolve())},
+            "store": str(self.store),
+        }
         data["options"]["plugins"] = [str(Path(p).resolve()) for p in self.options.plugins]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(data), encoding="utf-8")
@@ -198,7 +201,9 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
     try:
         if job.kind == "craft":
             crafts = plan.crafts()
-            ids = _ordered({i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids})
+            ids = _ordered(
+                {i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids}
+            )
             run_craft(crafts[job.key], store, ids, torch_device, plan.options.batch_size, report)
         else:
             cell = next(c for c in plan.cells if c.key == job.key)
@@ -209,7 +214,12 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
 
 
 def run_craft(
-    craft: Craft, store: Store, ids: Sequence[str], device: torch.device, batch_size: int | None, report: Report
+    craft: Craft,
+    store: Store,
+    ids: Sequence[str],
+    device: torch.device,
+    batch_size: int | None,
+    report: Report,
 ) -> None:
     """Make the adversarial images of `craft` that the store lacks."""
     record = craft_record(store, craft)
@@ -251,7 +261,9 @@ def craft_batch(craft: Craft, victim: Victim, batch: Batch) -> tuple[Tensor, lis
     targets: Sequence[Any] = batch.targets
     if attack.target is not None:
         task = task_instance(craft.target.task)
-        targets = task.attack_targets(attack.target, batch.targets, victim.models[0].num_classes, rng.fork("target"))
+        targets = task.attack_targets(
+            attack.target, batch.targets, victim.models[0].num_classes, rng.fork("target")
+        )
     oracle = ModelOracle(victim, attack, rng.fork("oracle"))
     before = batch.images.clone()
     adversarial = attack.run(oracle, batch.images, targets, rng.fork("attack")).detach()
@@ -385,7 +397,9 @@ def for_each_batch(
             start += len(batch)
             continue
         # Outside the except block: the traceback would keep the tensors alive.
-        logger.warning("out of memory on %s with %d images: going on with batches of %d", device, len(batch), size)
+        logger.warning(
+            "out of memory on %s with %d images: going on with batches of %d", device, len(batch), size
+        )
         del batch
         gc.collect()
         if device.type == "cuda":
@@ -419,7 +433,16 @@ def environment() -> dict[str, Any]:
     from importlib import metadata
 
     versions = {"bench": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "numpy", "mmengine", "mmdet", "mmsegmentation", "mmcv", "mmcv-lite", "robustbench"):
+    for package in (
+        "torchvision",
+        "numpy",
+        "mmengine",
+        "mmdet",
+        "mmsegmentation",
+        "mmcv",
+        "mmcv-lite",
+        "robustbench",
+    ):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -427,7 +450,9 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "git": git_state(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -444,8 +469,8 @@ def git_state() -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(  # noqa: S603
-            ["git", "-C", str(root), *arguments],  # noqa: S607
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
 

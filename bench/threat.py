@@ -1,12 +1,12 @@
 """Threat models: what stands behind the oracle that an attack queries, and nothing else.
 
-| level       | gradients come from                                  | defense in the oracle        |
-|-------------|------------------------------------------------------|------------------------------|
-| `oblivious` | the bare target                                      | none                         |
-| `transfer`  | other models (averaged logits when several)          | none                         |
-| `gray_box`  | the target                                           | the attacker's surrogate     |
-| `bpda`      | the target; forward through the defense, backward through its differentiable stand-in | the deployed one |
-| `white_box` | the target, true gradient through the defense        | the deployed one             |
+| level       | gradients come from                                       | defense in the oracle    |
+|-------------|-----------------------------------------------------------|--------------------------|
+| `oblivious` | the bare target                                           | none                     |
+| `transfer`  | other models (averaged logits when several)               | none                     |
+| `gray_box`  | the target                                                | the attacker's surrogate |
+| `bpda`      | the target; backward through the defense's stand-in       | the deployed one         |
+| `white_box` | the target; true gradient through the defense             | the deployed one         |
 
 Where the defense draws random numbers the gradient is the mean over `eot` draws (expectation over transformation,
 Athalye et al. 2018). Evaluation always goes through the full defended pipeline, whatever the level.
@@ -91,7 +91,12 @@ class ModelOracle:
     """
 
     def __init__(
-        self, victim: Victim, attack: Attack, rng: ImageRNG, traces: Sequence[Trace] | None = None, calls: int = 0
+        self,
+        victim: Victim,
+        attack: Attack,
+        rng: ImageRNG,
+        traces: Sequence[Trace] | None = None,
+        calls: int = 0,
     ) -> None:
         self.victim = victim
         self.attack = attack
@@ -128,7 +133,9 @@ class ModelOracle:
                     x = images.detach().clone().requires_grad_(True)
                     values = objective(self, x)
                     if values.shape != (len(images),):
-                        raise ValueError(f"an objective must return one value per image, got shape {tuple(values.shape)}")
+                        raise ValueError(
+                            f"an objective must return one value per image, got shape {tuple(values.shape)}"
+                        )
                     # A sum: each image's gradient is its own, whatever the batch.
                     (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
             finally:
@@ -155,7 +162,9 @@ class ModelOracle:
         try:
             logits = self._mean_logits(defended, geometry)
         except NotImplementedError:
-            losses = [m.loss(defended, targets, kind, geometry=geometry, rng=rng.fork("loss")) for m in models]
+            losses = [
+                m.loss(defended, targets, kind, geometry=geometry, rng=rng.fork("loss")) for m in models
+            ]
             return torch.stack([w * x for w, x in zip(self._weights(), losses, strict=True)]).sum(0)
         return models[0].loss_from_logits(logits, targets, kind)
 
@@ -182,7 +191,8 @@ class ModelOracle:
     def _allow(self, *needs: str) -> None:
         if not self.attack.needs.intersection(needs):
             raise PermissionError(
-                f"attack '{self.attack.name}' asked for {' or '.join(needs)} but declares needs = {sorted(self.attack.needs)}"
+                f"attack '{self.attack.name}' asked for {' or '.join(needs)} "
+                f"but declares needs = {sorted(self.attack.needs)}"
             )
 
     def _next_call(self) -> int:
@@ -197,7 +207,9 @@ class ModelOracle:
         models = self.victim.models
         if len(models) == 1:
             return models[0].logits(images, geometry=geometry)
-        outputs = [w * m.logits(images, geometry=geometry) for w, m in zip(self._weights(), models, strict=True)]
+        outputs = [
+            w * m.logits(images, geometry=geometry) for w, m in zip(self._weights(), models, strict=True)
+        ]
         return torch.stack(outputs).sum(0)
 
     def _defended(self, images: Tensor | Warped) -> tuple[Tensor, Geometry, ImageRNG]:

@@ -42,7 +42,11 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
         ("defenses: [none, jpeg]", "defenses: []", "blocks[0].defenses: List should have at least 1 item"),
         ("roles: [classification]", "rolls: [classification]", "unknown key 'rolls': did you mean 'roles'?"),
         ("roles: [classification]", "roles: classification", "blocks[0].roles: Input should be a valid list"),
-        ("threats: [oblivious,", "threats: [oblivius,", "blocks[0].threats[0]: unknown value 'oblivius': did you mean 'oblivious'?"),
+        (
+            "threats: [oblivious,",
+            "threats: [oblivius,",
+            "blocks[0].threats[0]: unknown value 'oblivius': did you mean 'oblivious'?",
+        ),
         ("eot: 4", "eot: 0", "blocks[0].threats[1].eot: Input should be greater than or equal to 1"),
         ("eot: 4", "eott: 4", "unknown key 'eott': did you mean 'eot'?"),
         ("{level: bpda, eot: 4}", "{level: transfer}", "level transfer needs `sources`"),

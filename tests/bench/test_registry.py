@@ -80,7 +80,7 @@ def test_two_classes_of_one_name_are_refused(registry: PluginRegistry[Any]) -> N
 
     registry.register_module(name="same", module=One)
     registry.register_module(name="same", module=One)
-    with pytest.raises(PluginError, match="defined twice: .*One and .*Two"):
+    with pytest.raises(PluginError, match=r"defined twice: .*One and .*Two"):
         registry.register_module(name="same", module=Two)
 
 

@@ -56,7 +56,9 @@ def grid(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def bench(
+    tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Run:
     """Run a command in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
@@ -95,7 +97,9 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     # Oblivious pgd and fgsm, transfer pgd and fgsm, and one set of noise: five, for four defenses.
     assert len(oblivious) == 5
     served = [c for c in plan.cells if c.level in ("oblivious", "transfer")]
-    assert len(served) == 4 * 3 * 2 * 2 and {c.craft.key for c in served if c.craft} == {c.key for c in oblivious}
+    assert len(served) == 4 * 3 * 2 * 2 and {c.craft.key for c in served if c.craft} == {
+        c.key for c in oblivious
+    }
     skips = {(c.defense_label, c.attack_label): c.skip for c in plan.cells if c.skip}
     assert set(skips) == {(d, a) for d in ("jpeg", "chain") for a in ("pgd", "fgsm")}
     assert all("not differentiable" in reason for reason in skips.values())
@@ -210,16 +214,24 @@ def test_two_processes_share_a_store(grid: Path, reference: dict[str, bytes]) ->
     assert files(grid.parent / "out") == reference
 
 
-def test_out_of_memory_halves_the_batch(
-    bench: Run, grid: Path, reference: dict[str, bytes]
-) -> None:
+def test_out_of_memory_halves_the_batch(bench: Run, grid: Path, reference: dict[str, bytes]) -> None:
     profile = grid.parent / "small.yaml"
     profile.write_text(
         "name: toy\nroles:\n  classification: {dataset: toy_images, model: {name: toy_linear, memory: 3}}\n"
         "  source: {dataset: toy_images, model: {name: toy_linear, scale: 0.3}}\n"
     )
     code, _, err = bench(
-        "run", "--grid", str(grid), "--store", "store", "--out", "out", "--profile", str(profile), "--workers", "1"
+        "run",
+        "--grid",
+        str(grid),
+        "--store",
+        "store",
+        "--out",
+        "out",
+        "--profile",
+        str(profile),
+        "--workers",
+        "1",
     )
     assert code == 0 and "going on with batches of 3" in err
     assert files(grid.parent / "out") == reference
@@ -231,19 +243,26 @@ def test_a_failing_cell_does_not_stop_the_others(bench: Run, grid: Path) -> None
         "name: broken\nroles:\n  classification: {dataset: toy_images, model: toy_linear}\n"
         "  source: {dataset: toy_images, model: {name: toy_linear, scale: 0.3, fail: true}}\n"
     )
-    code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile))
+    code, out, err = bench(
+        "run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile)
+    )
     assert code == 1 and "toy.pth: no such file; put it there" in err and "err" in out
     assert "Traceback" not in err
     store = Store(grid.parent / "s")
     plan = make_plan(Options(grid, profile=str(profile)))
     left = {job.key for job in pending(plan, store)[0]}
     failed = {c.key for c in plan.cells if c.level == "transfer" and c.attack_label != "noise"}
-    assert failed <= left and left <= failed | {c.craft.key for c in plan.cells if c.key in failed and c.craft}
+    assert failed <= left and left <= failed | {
+        c.craft.key for c in plan.cells if c.key in failed and c.craft
+    }
 
 
 @pytest.mark.parametrize(
     ("poison", "message"),
-    [("nan", "image toy-1: NaN or infinite pixels"), ("unreadable", "image toy-1 cannot be read: truncated file")],
+    [
+        ("nan", "image toy-1: NaN or infinite pixels"),
+        ("unreadable", "image toy-1 cannot be read: truncated file"),
+    ],
 )
 def test_bad_images_are_named(bench: Run, grid: Path, poison: str, message: str) -> None:
     profile = grid.parent / "bad.yaml"
@@ -274,7 +293,9 @@ def test_bad_images_are_named(bench: Run, grid: Path, poison: str, message: str)
         ({"tables": [{"name": "t", "where": {"role": "clasification"}}]}, "did you mean 'classification'?"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_and_exit_2(bench: Run, grid: Path, change: dict[str, object], message: str) -> None:
+def test_mistakes_are_one_line_and_exit_2(
+    bench: Run, grid: Path, change: dict[str, object], message: str
+) -> None:
     grid.write_text(yaml.safe_dump({**GRID, **change}))
     code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o")
     assert code == 2 and message in err, err
@@ -302,7 +323,14 @@ def test_looking_at_a_run(bench: Run, grid: Path) -> None:
     assert code == 0 and "which differs in" in out and "seed: 0 -> 3" in out
     code, out, _ = bench("show", "classification / jpeg / pgd / bpda", *options)
     assert code == 0
-    for part in ("accuracy:", "backward passes", '"eps": "16/255"', '"steps": 4', '"versions"', "reproduce: python -m"):
+    for part in (
+        "accuracy:",
+        "backward passes",
+        '"eps": "16/255"',
+        '"steps": 4',
+        '"versions"',
+        "reproduce: python -m",
+    ):
         assert part in out
     code, _, err = bench("show", "classification / jpeg / pgd / bdpa", *options)
     assert code == 2 and "did you mean 'classification / jpeg / pgd / bpda'?" in err

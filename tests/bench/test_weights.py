@@ -118,7 +118,9 @@ def test_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
 def test_code_in_a_pickle_is_refused(tmp_path: Path, zipped: bool) -> None:
     mark = tmp_path / "ran"
     path = tmp_path / "evil.pth"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Payload(mark)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"a": torch.ones(1)}, "x": Payload(mark)}, path, _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(WeightsError) as error:
         load_state(path)
     one_line(error, "evil.pth", "refused", "mkdir")
@@ -174,7 +176,9 @@ def test_no_weights_in_the_file(tmp_path: Path) -> None:
 def test_checkpoint_of_another_model() -> None:
     with pytest.raises(WeightsError) as error:
         apply_state(net(4), net(5).state_dict(), what="model 'net' from net.pth")
-    one_line(error, "model 'net' from net.pth", "another model", "0.weight (5, 3, 3, 3) instead of (4, 3, 3, 3)")
+    one_line(
+        error, "model 'net' from net.pth", "another model", "0.weight (5, 3, 3, 3) instead of (4, 3, 3, 3)"
+    )
     state = net().state_dict()
     del state["2.bias"]
     state["head.weight"] = torch.ones(1)

@@ -1,4 +1,4 @@
-"""A dataset and two linear models small enough that a whole grid runs in a second; also the shape of a user's plug-in."""
+"""A dataset and two linear models small enough that a whole grid runs in a second."""
 
 from __future__ import annotations
 
