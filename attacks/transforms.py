@@ -127,7 +127,8 @@ class InputDiversity:
     As in the authors' code: the canvas is 330/299 of the image, the image is enlarged to a size drawn uniformly from
     [299, 330) by nearest neighbour and lands at a uniformly drawn place. Each image draws for itself. Images that are
     not square keep their aspect ratio up to rounding. Pixels move, so the target gets `Warped` images: boxes, masks
-    and label maps follow.
+    and label maps follow. Few sizes are left for small images: at 32 pixels the canvas is 35 and the sizes are 32, 33
+    and 34; below 15 pixels there is one. Raise `ratio` there.
 
     Args:
         prob: chance that an image is moved at a step.

@@ -1,0 +1,256 @@
+"""Kernel, momentum and input diversity against scipy, interpolate-and-pad, and planted pixels."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, signal
+from torch import Tensor
+from torch.nn import functional as F
+
+from attacks.iterative import Iterative
+from attacks.objectives import TaskLoss
+from attacks.transforms import InputDiversity, Momentum, Placement, TranslationInvariance
+from bench.protocols import Defense, Warped
+from bench.registry import ATTACKS
+
+
+# -- translation invariance ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("size", "std"), [(15, 14 / 6), (7, 1.0), (5, 4 / 6), (3, 2 / 6)])
+def test_kernel_is_a_gaussian_of_that_width(size, std):
+    line = signal.windows.gaussian(size, std)
+    expected = np.outer(line, line) / line.sum() ** 2
+    np.testing.assert_allclose(
+        TranslationInvariance(size, 3).kernel().numpy(), expected, rtol=1e-5, atol=1e-8
+    )
+    x = np.arange(size) - size // 2
+    measured = np.sqrt((TranslationInvariance(size, 3).kernel().double().sum(0).numpy() * x**2).sum())
+    if size == 15:  # 2.33 pixels, less what the cut-off takes away
+        assert 2.28 < measured < 2.34
+
+
+@pytest.mark.parametrize("size", [(20, 20), (9, 31), (4, 5)])
+def test_smoothing_is_depthwise_with_zeros_outside(size):
+    grad = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    part = TranslationInvariance(15, 3)
+    out, memory = part(grad, None)
+    assert memory is None
+    kernel = part.kernel().double().numpy()
+    for b in range(2):
+        for c in range(3):
+            expected = ndimage.convolve(grad[b, c].double().numpy(), kernel, mode="constant", cval=0.0)
+            np.testing.assert_allclose(out[b, c].numpy(), expected, atol=1e-6)
+
+
+def test_smoothing_comes_before_normalising_and_momentum():
+    attack = ATTACKS.create("mi_fgsm_ti", {})
+    assert [type(t) for t in attack.transforms] == [TranslationInvariance, Momentum]
+    attack = ATTACKS.create("ti_fgsm", {})
+    assert [type(t) for t in attack.transforms] == [TranslationInvariance]
+
+
+# -- momentum -----------------------------------------------------------------------------------------------------
+def test_momentum_recursion():
+    g = torch.randn(3, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    for kind, scale in {
+        "mean": lambda x: x.abs().mean((1, 2, 3), keepdim=True),
+        "l2": lambda x: x.flatten(1).norm(dim=1).view(-1, 1, 1, 1),
+        "none": lambda x: torch.ones(4, 1, 1, 1),
+    }.items():
+        part, memory, expected = Momentum(0.7, kind), None, torch.zeros_like(g[0])
+        for step in g:
+            out, memory = part(step, memory)
+            expected = 0.7 * expected + step / scale(step)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- input diversity ----------------------------------------------------------------------------------------------
+def place(
+    size: tuple[int, int], corner: tuple[int, int], canvas: tuple[int, int], count: int = 1
+) -> Placement:
+    return Placement(
+        torch.ones(count, dtype=torch.bool),
+        torch.tensor([size] * count),
+        torch.tensor([corner] * count),
+        canvas,
+    )
+
+
+def test_every_size_equals_interpolate_and_pad():
+    image = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0))
+    part = InputDiversity()
+    for r in (299, 300, 307, 314, 320, 329):
+        top, left = (330 - r) // 3, (330 - r) // 2
+        out = part.apply(image, place((r, r), (top, left), (330, 330)))
+        expected = F.pad(
+            F.interpolate(image, size=(r, r), mode="nearest"), (left, 330 - r - left, top, 330 - r - top)
+        )
+        assert torch.equal(out.images, expected), r
+    flat = torch.rand(1, 3, 20, 31, generator=torch.Generator().manual_seed(0))
+    out = InputDiversity(1.0, Fraction(3, 2)).apply(flat, place((27, 41), (2, 4), (30, 46)))
+    assert torch.equal(out.images, F.pad(F.interpolate(flat, size=(27, 41), mode="nearest"), (4, 1, 2, 1)))
+    assert out.geometry.in_size == (20, 31) and out.geometry.out_size == (30, 46)
+
+
+def test_gradient_of_diversity_is_its_adjoint():
+    part = InputDiversity(1.0, Fraction(3, 2))
+    x = torch.rand(2, 3, 16, 24, dtype=torch.double, requires_grad=True)
+    direction = torch.rand(2, 3, 16, 24, dtype=torch.double)
+    placement = place((18, 30), (3, 1), (24, 36), 2)
+    seen = part.apply(x, placement).images
+    weight = torch.rand_like(seen)
+    (grad,) = torch.autograd.grad((seen * weight).sum(), x)
+    # Linear in x, so <A d, w> = <d, A^T w> for every direction d.
+    torch.testing.assert_close(
+        (part.apply(direction, placement).images * weight).sum(), (grad * direction).sum()
+    )
+
+
+@pytest.mark.parametrize("canvas", ["enlarged", "native"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 45), (45, 24)])
+def test_a_planted_pixel_lands_where_the_geometry_says(lab, size, canvas):
+    part = InputDiversity(0.8, Fraction(7, 5), canvas)
+    count = 30
+    placement = part.draw(lab.rng(count), size)
+    spots = [(int(y), int(x)) for y, x in lab.rng(count).integers(6, 18, (2,))]
+    images = torch.zeros(count, 3, *size)
+    for image, (y, x) in zip(images, spots, strict=True):
+        image[:, y, x] = 1
+    moved = part.apply(images, placement)
+    scale, offset = moved.geometry.scale, moved.geometry.offset
+    assert moved.images.shape[-2:] == moved.geometry.out_size
+    seen = 0
+    for i, spot in enumerate(spots):
+        lit = moved.images[i, 0].nonzero()
+        assert len(lit) == 0 or set(moved.images[i].unique().tolist()) == {0.0, 1.0}
+        seen += len(lit) > 0
+        for axis in (0, 1):
+            # The pixel covers [p, p + 1); on the canvas it covers that interval scaled and shifted.
+            low = spot[axis] * scale[i, axis] + offset[i, axis]
+            high = low + scale[i, axis]
+            for position in lit[:, axis].tolist():
+                # A nearest-neighbour copy starts inside its source's interval, up to one more rounding for `native`.
+                slack = 1e-4 if canvas == "enlarged" else 1.0
+                assert low - slack <= position < high + slack
+        if canvas == "enlarged":
+            assert len(lit) > 0
+    assert seen > count / 2
+
+
+def test_labels_follow_the_pixels(lab):
+    """A box around the lit region, moved by the geometry, is the box around the lit region of the moved image."""
+    part = InputDiversity(1.0, Fraction(4, 3))
+    size, count = (30, 48), 20
+    placement = part.draw(lab.rng(count), size)
+    images = torch.zeros(count, 3, *size)
+    images[:, :, 5:17, 10:33] = 1
+    moved = part.apply(images, placement)
+    for i in range(count):
+        lit = moved.images[i, 0].nonzero()
+        low, high = lit.min(0).values, lit.max(0).values + 1
+        scale, offset = moved.geometry.scale[i], moved.geometry.offset[i]
+        expected = torch.tensor([[5.0, 10.0], [17.0, 33.0]]) * scale + offset
+        assert (torch.stack([low, high]) - expected).abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("size", [(32, 32), (299, 299), (20, 61)])
+def test_draws_cover_the_published_ranges(lab, size):
+    part = InputDiversity(0.7)
+    draws = part.draw(lab.rng(4000), size)
+    if size == (299, 299):
+        assert draws.canvas == (330, 330)
+        assert int(draws.size.min()) == 299 and int(draws.size.max()) == 329
+    if size == (32, 32):
+        assert draws.canvas == (35, 35) and set(draws.size[:, 0].tolist()) == {32, 33, 34}
+    assert abs(float(draws.applied.float().mean()) - 0.7) < 0.03
+    free = torch.tensor(draws.canvas) - draws.size
+    assert (draws.corner >= 0).all() and (draws.corner < free.clamp(min=1)).all()
+    if size[0] == size[1]:
+        assert torch.equal(draws.size[:, 0], draws.size[:, 1])
+        smallest = draws.size[:, 0] == size[0]
+        corners = draws.corner[smallest, 0]
+        assert int(corners.min()) == 0 and int(corners.max()) == draws.canvas[0] - size[0] - 1
+    ratio = draws.size / torch.tensor(size)
+    assert (ratio[:, 0] - ratio[:, 1]).abs().max() < 1 / min(size)
+
+
+def test_unmoved_images_are_seen_as_they_are(lab):
+    """The victim sees canvases at their size and the rest at its own; values come back in order."""
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, labels = lab.batch(6, (40, 30))
+    attack = ATTACKS.create("dim", {"prob": 0.5})
+    placement = attack.diversity.draw(lab.rng(6), (40, 30))
+    moved = placement.applied
+    assert 0 < int(moved.sum()) < 6
+    oracle = lab.oracle(target, attack, 6)
+    objective = attack.diversity.objective(attack.loss.bind(oracle, images, labels, False), placement)
+    result = oracle.gradient(images, objective)
+    assert {tuple(s[-2:]) for s in target.sizes} == {(40, 30), (44, 33)}
+    assert [trace.forwards for trace in oracle.traces] == [1] * 6
+    for i in range(6):
+        x = images[i : i + 1].clone().requires_grad_()
+        one = Placement(
+            moved[i : i + 1], placement.size[i : i + 1], placement.corner[i : i + 1], placement.canvas
+        )
+        seen = attack.diversity.apply(x, one).images if moved[i] else x
+        loss = F.cross_entropy(target.net(seen), torch.tensor(labels[i : i + 1]))
+        loss.backward()
+        assert torch.equal(result.value[i], loss.detach()) and torch.equal(result.grad[i], x.grad[0])
+
+
+def test_native_canvas_keeps_the_size(lab):
+    target = lab.Classifier(lab.convnet(), 5)
+    images, labels = lab.batch(6, (40, 30))
+    lab.run(ATTACKS.create("dim", {"canvas": "native"}), target, images, labels)
+    assert {tuple(s) for s in target.sizes} == {(6, 3, 40, 30)}
+
+
+def test_diversity_stands_before_the_defense(lab):
+    class Seen(Defense):
+        sizes: list[tuple[int, ...]] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.sizes.append(tuple(images.shape[-2:]))
+            return images
+
+    defense = Seen()
+    attack = ATTACKS.create("dim", {"prob": 1.0, "steps": 2})
+    images, labels = lab.batch(3, (40, 30))
+    oracle = lab.oracle(lab.Classifier(lab.convnet(), 5), attack, 3, defense)
+    attack.run(oracle, images, labels, lab.rng(3))
+    assert set(defense.sizes) == {(44, 33)}
+
+
+def test_warped_images_reach_task_losses(lab):
+    """A detector's loss gets the geometry of what it sees, so its boxes can follow."""
+    seen = []
+
+    class Detector(lab.Classifier):
+        losses = ("cls",)
+
+        def loss(self, images, targets, kind, *, geometry=None, rng=None):
+            seen.append((tuple(images.shape[-2:]), geometry))
+            return images.flatten(1).sum(1)
+
+    images, _ = lab.batch(4, (20, 30))
+    attack = Iterative(loss="cls", di_prob=1.0, di_ratio=Fraction(3, 2), steps=3)
+    assert isinstance(attack.loss, TaskLoss) and list(attack.loss_kinds()) == ["cls"]
+    lab.run(attack, Detector(lab.convnet(), 5), images, [{}] * 4)
+    assert len(seen) == 3
+    for size, geometry in seen:
+        assert size == (30, 45) == geometry.out_size and geometry.in_size == (20, 30)
+        assert geometry.scale.shape == (4, 2) and (geometry.scale >= 1).all() and (geometry.scale < 1.5).all()
+    assert len({tuple(g.scale.flatten().tolist()) for _, g in seen}) == 3, "one draw for all steps"
+    assert len({tuple(row) for row in seen[0][1].scale.tolist()}) > 1, "one draw for all images"
+
+
+def test_diversity_refuses_nonsense():
+    for prob, ratio in ((0.0, 1.1), (1.2, 1.1), (0.5, 1.0), (0.5, 3.0)):
+        with pytest.raises(ValueError, match="input diversity"):
+            InputDiversity(prob, ratio)
+    assert isinstance(
+        InputDiversity(1.0).apply(torch.rand(1, 3, 8, 8), place((8, 8), (0, 0), (9, 9))), Warped
+    )
