@@ -22,6 +22,9 @@ CASES = {
     "median_filter-2": ("median_filter", {"size": 2}),
     "bit_depth": ("bit_depth", {}),
     "bit_depth-ares": ("bit_depth", {"bits": 4, "rule": "ares"}),
+    "tvm": ("tvm", {}),
+    "tvm-chambolle": ("tvm", {"method": "chambolle"}),
+    "tvm-drop": ("tvm", {"p": 0.5}),
     "random_resize_pad": ("random_resize_pad", {}),
     "random_resize_pad-paper": ("random_resize_pad", {"mode": "paper"}),
 }
