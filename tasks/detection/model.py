@@ -1,0 +1,296 @@
+"""The adapter in front of MMDetection's detectors, and where detectors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.errors import GridError, NotApplicable, WeightsError, unknown
+from bench.protocols import Geometry, ImageRNG
+from bench.registry import MODELS
+from tasks.detection.objects import Detections, Objects, warp_masks
+from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved, seeded
+from tasks.mm.configs import InputSpec, Package
+
+__all__ = ["Detector", "MMDetection", "MiniMaskRCNN", "MiniSSD"]
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+#: Parts of mmdet's loss names and the kind they belong to; the first part that fits decides.
+_GROUPS = (
+    ("mask", "mask"), ("semantic", "mask"), ("seg", "mask"),
+    ("centerness", "loc"), ("bbox", "loc"), ("iou", "loc"), ("l1", "loc"), ("dfl", "loc"), ("offset", "loc"),
+    ("wh", "loc"), ("xy", "loc"), ("pts", "loc"), ("reg", "loc"),
+    ("cls", "cls"), ("conf", "cls"), ("obj", "cls"), ("heatmap", "cls"), ("class", "cls"), ("rank", "cls"),
+)  # fmt: skip
+_KINDS: dict[str, tuple[str, ...]] = {
+    "cls": ("cls",), "loc": ("loc",), "cls+loc": ("cls", "loc"), "mask": ("mask",), "total": ("cls", "loc", "mask"),
+}  # fmt: skip
+
+
+def loss_group(name: str) -> str | None:
+    """`cls`, `loc` or `mask` for an entry of mmdet's loss dictionary; None for what is no loss (`acc`).
+
+    `loss_rpn_cls` and `loss_cls` are `cls`, `loss_rpn_bbox` and `loss_bbox` are `loc`, `loss_mask` is `mask`.
+
+    Raises:
+        GridError: a loss that belongs to none of them.
+    """
+    last = name.rsplit(".", 1)[-1]
+    if "loss" not in last:
+        return None
+    for part, group in _GROUPS:
+        if part in last:
+            return group
+    raise GridError(f"loss '{name}' of this detector is neither a class, a box nor a mask loss")
+
+
+def _terms(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _terms(item)
+
+
+class Detector(OpenMMLabModel):
+    """A frozen mmdet detector. Images pass one at a time, so that no image's loss depends on another.
+
+    Loss kinds (Zhang and Wang 2019): `cls` and `loc` are the sums of the detector's classification and box losses,
+    those of a region proposal network included; `cls+loc` is their sum; `mask` the mask loss; `total` everything.
+    Targets stay the ground truth. An image without ground truth has loss 0 and gradient 0: an attack leaves it clean.
+    """
+
+    task: ClassVar[str] = "detection"
+    losses: ClassVar[tuple[str, ...]] = ("cls", "loc", "cls+loc", "mask", "total")
+
+    def __init__(self, network: nn.Module, spec: InputSpec, num_classes: int) -> None:
+        super().__init__(network, spec, num_classes)
+        head = getattr(network, "bbox_head", None)
+        if head is not None and type(head).__name__ == "SSDHead" and not hasattr(head, "loss_cls"):
+            # mmdet 3.3 asks every dense head for it when predicting; SSDHead never sets it and never calls it.
+            head.loss_cls = nn.CrossEntropyLoss()
+        self.with_mask = bool(getattr(network, "with_mask", False))
+        if not self.with_mask:
+            # An attribute of this instance: the class lists what any detector may have.
+            self.losses = ("cls", "loc", "cls+loc", "total")  # type: ignore[misc]
+
+    def resize_target(self, target: Objects, scale: tuple[float, float]) -> Objects:
+        """Objects of an image resized by (y, x) factors.
+
+        Raises:
+            GridError: the dataset has other classes than the detector.
+        """
+        if target.num_classes != self.num_classes:
+            raise GridError(
+                f"the detector predicts {self.num_classes} classes, the dataset has {target.num_classes}: "
+                "they do not belong together"
+            )
+        return target.resized(scale)
+
+    def new_sample(self, metainfo: dict[str, Any]) -> Any:
+        """An empty DetDataSample."""
+        from mmdet.structures import DetDataSample
+
+        return DetDataSample(metainfo=metainfo)
+
+    # -- loss ---------------------------------------------------------------------------------------------------
+    def loss(
+        self,
+        images: Tensor,
+        targets: Sequence[Any],
+        kind: str,
+        *,
+        geometry: Geometry | None = None,
+        rng: ImageRNG | None = None,
+    ) -> Tensor:
+        """Loss of each image against its ground truth, (B,), differentiable to the pixels.
+
+        Detectors that sample (Mask R-CNN: 256 anchors, 512 proposals by default) draw from `rng`: equal streams give
+        equal losses. Without `rng` every call draws the same.
+
+        Raises:
+            GridError: no such kind of loss.
+            NotApplicable: a mask loss of a detector or dataset without masks.
+        """
+        if kind not in _KINDS:
+            raise GridError(unknown("loss of task detection", kind, _KINDS))
+        if kind == "mask" and not self.with_mask:
+            raise NotApplicable("this detector predicts no masks, so it has no mask loss")
+        seeds = [0] * len(images) if rng is None else list(rng.seeds)
+        values = []
+        for index, target in enumerate(targets):
+            image = images[index : index + 1]
+            if kind in ("mask", "total") and self.with_mask and target.masks is None:
+                raise NotApplicable(f"loss '{kind}': the dataset has no masks")
+            sample = self._with_truth(image, target, *moved(geometry, index))
+            if sample is None:
+                values.append(image.sum() * 0.0)
+                continue
+            with seeded(seeds[index], images.device):
+                inputs = self.preprocess(image, [sample])
+                self._pad_masks(sample)
+                losses = self.network.loss(inputs, [sample])
+            values.append(self._sum(losses, kind))
+        return torch.stack(values)
+
+    def _with_truth(
+        self, image: Tensor, target: Objects, scale: tuple[float, float], offset: tuple[float, float]
+    ) -> Any | None:
+        """A data sample with the ground truth where the pixels are now; None when no object is left to find."""
+        from mmdet.structures.mask import BitmapMasks
+        from mmengine.structures import InstanceData
+
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        corners = target.corners() * np.array([scale[1], scale[0]] * 2) + np.array([offset[1], offset[0]] * 2)
+        corners = corners.clip(0, np.array([size[1], size[0]] * 2))
+        keep = ~target.skipped() & (corners[:, 2] - corners[:, 0] >= 1) & (corners[:, 3] - corners[:, 1] >= 1)
+        if not keep.any():
+            return None
+        truth = InstanceData(
+            bboxes=torch.from_numpy(corners[keep]).float(),
+            labels=torch.from_numpy(target.labels[keep]).long(),
+        )
+        if self.with_mask:
+            total = (target.scale[0] * scale[0], target.scale[1] * scale[1])
+            masks = warp_masks(target.bitmaps(keep), total, offset, size)
+            truth.masks = BitmapMasks(masks.astype(np.uint8), *size)
+        (sample,) = self.new_samples(image)
+        sample.gt_instances = truth.to(image.device)
+        return sample
+
+    def _pad_masks(self, sample: Any) -> None:
+        if self.with_mask and getattr(self.network.data_preprocessor, "pad_mask", False):
+            masks = sample.gt_instances.masks
+            sample.gt_instances.masks = masks.pad(sample.batch_input_shape, pad_val=0)
+
+    def _sum(self, losses: dict[str, Any], kind: str) -> Tensor:
+        wanted = _KINDS[kind]
+        terms = [
+            term.sum()
+            for name, value in losses.items()
+            if loss_group(name) in wanted
+            for term in _terms(value)
+        ]
+        if not terms:
+            raise NotApplicable(f"this detector has no '{kind}' loss")
+        return torch.stack(terms).sum()
+
+    # -- prediction ---------------------------------------------------------------------------------------------
+    def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Detections]:
+        """Detections in each image, in the coordinates of the prepared image: `geometry` is undone."""
+        found = []
+        with torch.no_grad():
+            for index in range(len(images)):
+                image = images[index : index + 1]
+                samples = self.new_samples(image)
+                inputs = self.preprocess(image, samples)
+                (result,) = self.network.predict(inputs, samples, rescale=True)
+                size = (int(image.shape[-2]), int(image.shape[-1])) if geometry is None else geometry.in_size
+                found.append(self._detections(result.pred_instances, size, *moved(geometry, index)))
+        return found
+
+    def _detections(
+        self, result: Any, size: tuple[int, int], scale: tuple[float, float], offset: tuple[float, float]
+    ) -> Detections:
+        boxes = result.bboxes.detach().float().cpu()
+        if scale != (1.0, 1.0) or offset != (0.0, 0.0):
+            boxes = (boxes - torch.tensor([offset[1], offset[0]] * 2)) / torch.tensor(
+                [scale[1], scale[0]] * 2
+            )
+        limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        masks = None
+        if self.with_mask:
+            back = (1.0 / scale[0], 1.0 / scale[1])
+            shift = (-offset[0] / scale[0], -offset[1] / scale[1])
+            bitmaps = result.masks.detach().cpu().numpy().astype(bool)
+            masks = torch.from_numpy(np.ascontiguousarray(warp_masks(bitmaps, back, shift, size)))
+        return Detections(
+            boxes, result.scores.detach().float().cpu(), result.labels.detach().long().cpu(), masks
+        )
+
+
+# -- sources ------------------------------------------------------------------------------------------------------
+def _num_classes(network: Any) -> int:
+    owners = [
+        getattr(getattr(network, "roi_head", None), "bbox_head", None),
+        getattr(network, "bbox_head", None),
+    ]
+    for owner in owners:
+        head: Any = owner[-1] if isinstance(owner, nn.ModuleList) else owner  # cascades hold one head a stage
+        if head is not None and hasattr(head, "num_classes"):
+            return int(head.num_classes)
+    raise GridError(f"{type(network).__name__} has no box head with a number of classes")
+
+
+class _Source(OpenMMLabSource):
+    package: ClassVar[Package] = "mmdet"
+    adapter: ClassVar[type[OpenMMLabModel]] = Detector
+    task = "detection"
+
+    def classes(self, network: nn.Module) -> int:
+        """Number of classes of the box head."""
+        return _num_classes(network)
+
+
+@MODELS.register_module(name="mmdet")
+class MMDetection(_Source):
+    """Any MMDetection config with its checkpoint.
+
+    Args:
+        config: path of a config file, or the name of one packaged in mmdet (`mask-rcnn_r50_fpn_1x_coco`).
+        checkpoint: path of the weights (`.pth` as OpenMMLab publishes them, or `.safetensors`).
+        scale: (width, height) instead of the one in the config's test pipeline.
+    """
+
+    def __init__(self, config: str, checkpoint: str, scale: tuple[int, int] | None = None) -> None:
+        self.config = config
+        self.checkpoint = Path(checkpoint).expanduser()
+        self.scale = scale
+
+
+class _Mini(_Source):
+    """A detector of the mini zoo."""
+
+    zoo_name: ClassVar[str]
+
+    def _setup(self) -> None:
+        from tasks.mini import manifest
+
+        self.config = str(_CONFIGS / f"{self.zoo_name}.py")
+        self.checkpoint = manifest.weights_path(self.zoo_name)
+        known = manifest.entries().get(self.zoo_name)
+        if known is None:
+            raise WeightsError(
+                f"model '{self.zoo_name}' is not in the manifest of the mini zoo: {self._hint()}"
+            )
+        self.weights_sha256 = str(known["sha256"])
+
+    def _hint(self) -> str:
+        return f"rebuild it with `python -m bench zoo build {self.zoo_name}`"
+
+
+@MODELS.register_module(name="mini_ssd")
+class MiniSSD(_Mini):
+    """Narrow SSD for 96x96 scenes of digits, trained on the embedded data."""
+
+    zoo_name: ClassVar[str] = "mini_ssd"
+
+    def __init__(self) -> None:
+        self._setup()
+
+
+@MODELS.register_module(name="mini_mask_rcnn")
+class MiniMaskRCNN(_Mini):
+    """Narrow Mask R-CNN for 96x96 scenes of digits, trained on the embedded data."""
+
+    zoo_name: ClassVar[str] = "mini_mask_rcnn"
+
+    def __init__(self) -> None:
+        self._setup()
