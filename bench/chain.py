@@ -91,7 +91,8 @@ def bpda(defense: Defense, images: Tensor, rng: ImageRNG | None = None) -> Warpe
     """What `defense.purify` returns, bit for bit, with the gradient of the defense's surrogate.
 
     Args:
-        defense: any defense; a chain is differentiated member by member.
+        defense: any defense; a chain is differentiated member by member. One that is its own surrogate says so with
+            `surrogate = forward` in its class and runs once.
         images: (B, 3, H, W) in [0,1].
         rng: streams for a stochastic defense; value and surrogate see the same draws.
 
@@ -103,6 +104,8 @@ def bpda(defense: Defense, images: Tensor, rng: ImageRNG | None = None) -> Warpe
     """
     if isinstance(defense, Chain):
         return defense.purify_surrogate(images, rng)
+    if type(defense).surrogate is type(defense).forward:
+        return defense.purify(images, rng)
     replay = None if rng is None else _twin(rng)
     with torch.no_grad():
         exact = defense.purify(images, rng)

@@ -71,9 +71,7 @@ class RandomResizePad(Defense):
         scale = inner.float() / torch.tensor(size)
         return Warped(moved, Geometry(scale, offset.float(), size, canvas))
 
-    def surrogate(self, images: Tensor, rng: ImageRNG) -> Warped:
-        """The defense itself."""
-        return self.forward(images, rng)
+    surrogate = forward
 
 
 def _sources(

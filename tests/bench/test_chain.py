@@ -112,6 +112,16 @@ def test_bpda_value_is_the_defense_and_gradient_is_the_surrogate(images):
 def test_bpda_with_itself_is_the_own_gradient_and_with_the_identity_is_not(images):
     own = gradient(lambda x: Square().purify(x), images)
     assert torch.equal(gradient(lambda x: bpda(Square(), x), images), own)
+
+    class Itself(Square):
+        def forward(self, images):
+            calls.append(1)
+            return images**2
+
+        surrogate = forward
+
+    calls: list[int] = []
+    assert torch.equal(gradient(lambda x: bpda(Itself(), x), images), own) and len(calls) == 1
     own = gradient(lambda x: Cube().purify(x), images)
     identity = gradient(lambda x: bpda(Cube(), x), images)
     assert torch.allclose(identity, (images**3).cos()) and not torch.allclose(identity, own)
