@@ -29,16 +29,6 @@ def to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
 
 
-def curriculum_contrast(step: int, total: int, final: int, easy_share: float) -> int:
-    """Digit contrast at training ``step``: falls linearly from twice ``final`` to ``final``.
-
-    The fall takes the first ``easy_share`` of the steps. Faint digits on texture give a new network almost no
-    gradient; starting clear makes it learn several times faster.
-    """
-    left = max(0.0, 1.0 - step / (total * easy_share)) if easy_share > 0 else 0.0
-    return int(final * (1.0 + left))
-
-
 def train_classifier(
     model: nn.Module,
     *,
@@ -61,7 +51,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=warmup)
     model.to(device).train()
     for step in range(total):
-        shown = curriculum_contrast(step, total, contrast, easy_share)
+        shown = data.curriculum_contrast(step, total, contrast, easy_share)
         arrays, digits = data.samples(
             "train", range(step * batch, (step + 1) * batch), seed=seed, size=size, contrast=shown
         )

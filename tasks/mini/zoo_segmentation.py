@@ -87,7 +87,7 @@ def _build(
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
-    from tasks.mini import streams  # noqa: F401  registers MiniSceneStream
+    from tasks.mini import _streams  # noqa: F401  registers MiniSceneStream
 
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIGS / f"{name}.py")

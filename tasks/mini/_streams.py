@@ -14,16 +14,6 @@ from torch.utils.data import Dataset
 from tasks.mini import data
 
 
-def curriculum_contrast(step: int, total: int, final: int, easy_share: float) -> int:
-    """Digit contrast of training item ``step``: falls linearly from twice ``final`` to ``final``.
-
-    The fall takes the first ``easy_share`` of the ``total`` items. Faint digits on texture give a new network almost
-    no gradient; starting clear makes it learn in a tenth of the time.
-    """
-    left = max(0.0, 1.0 - step / (total * easy_share)) if easy_share > 0 else 0.0
-    return int(final * (1.0 + left))
-
-
 @DATASETS.register_module()
 class MiniSceneStream(Dataset[dict[str, Any]]):
     """``length`` scenes in a fixed order, packed as mmseg's models want them (uint8 BGR, ``SegDataSample``).
@@ -48,7 +38,7 @@ class MiniSceneStream(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        contrast = curriculum_contrast(index, self.length, data.SCENE_CONTRAST, self.easy_share)
+        contrast = data.curriculum_contrast(index, self.length, data.SCENE_CONTRAST, self.easy_share)
         scene = data.scene(self.split, index, self.size, seed=self.seed, contrast=contrast)
         image = torch.from_numpy(np.ascontiguousarray(scene.image[:, :, ::-1].transpose(2, 0, 1)))
         sample = SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(scene.label_map[None].astype(np.int64))))
