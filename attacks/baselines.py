@@ -54,7 +54,7 @@ class NoiseAttack(Attack):
         self.eps, self.kind, self.draws, self.loss = eps, kind, draws, loss
         self._eps = float(eps)
         # One draw asks nothing of the victim, so its images serve every level.
-        self.needs = frozenset({"gradient"} if draws > 1 else ())  # type: ignore[misc]
+        self.needs = frozenset({"gradient"} if draws > 1 else ())
 
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Noisy images, (B, 3, H, W)."""

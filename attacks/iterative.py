@@ -176,11 +176,11 @@ class Iterative(Attack):
         decides = stop_when_fooled or labels == "predicted" or (self._compares and best_by == "fooled")
         needs: set[Needs] = {"gradient", *self.loss.needs}
         # What an attack asks for depends on its parameters, hence on the instance.
-        self.needs = frozenset(needs | {"decision"} if decides else needs)  # type: ignore[misc]
-        self.tasks = self.loss.tasks  # type: ignore[misc]
+        self.needs = frozenset(needs | {"decision"} if decides else needs)
+        self.tasks = self.loss.tasks
         if decides or (self.diversity is not None and self.loss.flat_at_clean):
             # Decisions are compared as classes; a clean reference map does not follow the pixels of input diversity.
-            self.tasks = frozenset({"classification"})  # type: ignore[misc]
+            self.tasks = frozenset({"classification"})
 
     def _check_budget(self, norm: str, eps: Fraction | None, alpha: Fraction | None) -> None:
         if (eps is None) != (norm == "none"):

@@ -47,10 +47,10 @@ class Chain(Defense):
         self.params = {"members": [{"name": member.name, "params": dict(member.params)} for member in flat]}
         self.stochastic = any(member.stochastic for member in flat)
         # Constants of an ordinary defense, but properties of the members here.
-        self.differentiable = all(member.differentiable for member in flat)  # type: ignore[misc]
-        self.trained = any(member.trained for member in flat)  # type: ignore[misc]
+        self.differentiable = all(member.differentiable for member in flat)
+        self.trained = any(member.trained for member in flat)
         limited = [member.tasks for member in flat if member.tasks is not None]
-        self.tasks = frozenset.intersection(*limited) if limited else None  # type: ignore[misc]
+        self.tasks = frozenset.intersection(*limited) if limited else None
 
     def forward(self, images: Tensor, *args: Any) -> Warped:
         """All members in order; always `Warped`, with the composed geometry."""

@@ -71,7 +71,9 @@ class Batch:
     def of(cls, samples: Sequence[Sample]) -> Batch:
         """Stack samples of equal size."""
         return cls(
-            torch.stack([s.image for s in samples]), tuple(s.target for s in samples), tuple(s.id for s in samples)
+            torch.stack([s.image for s in samples]),
+            tuple(s.target for s in samples),
+            tuple(s.id for s in samples),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -249,7 +251,9 @@ class Task(ABC):
         attacks is the attack with the lowest score.
         """
 
-    def attack_targets(self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG) -> tuple[Any, ...]:
+    def attack_targets(
+        self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
+    ) -> tuple[Any, ...]:
         """Wrong targets for a targeted attack, by `rule`.
 
         Raises:
@@ -302,11 +306,11 @@ class Defense(nn.Module):
 
     name: str = ""
     params: Mapping[str, Any] = {}
-    differentiable: ClassVar[bool] = True
+    differentiable: bool = True
     stochastic: bool = False
-    trained: ClassVar[bool] = False
+    trained: bool = False
     version: ClassVar[int] = 1
-    tasks: ClassVar[frozenset[str] | None] = None
+    tasks: frozenset[str] | None = None
 
     def forward(self, images: Tensor, *args: Any) -> Tensor | Warped:
         """Purified images; (B, 3, H, W) in, the same or `Warped` out."""
@@ -432,8 +436,9 @@ class Attack(ABC):
 
     name: str = ""
     params: Mapping[str, Any] = {}
-    needs: ClassVar[frozenset[Needs]] = frozenset({"gradient"})
-    tasks: ClassVar[frozenset[str] | None] = None
+    needs: frozenset[Needs] = frozenset({"gradient"})
+    tasks: frozenset[str] | None = None
+    stochastic: bool = False
     norm: Literal["linf", "l2"] | None = "linf"
     eps: Fraction | None = None
     target: str | None = None

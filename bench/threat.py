@@ -115,7 +115,11 @@ class ModelOracle:
         traces = [self.traces[i] for i in chosen]
         # fork() depends on seeds alone, so a view made of seeds draws what the whole would have drawn.
         rng = ImageRNG([self._rng.seeds[i] for i in chosen])
-        return ModelOracle(self.victim, self.attack, rng, traces, self._calls)
+        view = ModelOracle(self.victim, self.attack, rng, traces, self._calls)
+        if self._draw is not None:
+            # Made inside an objective: the view belongs to the EOT draw in progress.
+            view._draw = ImageRNG([self._draw.seeds[i] for i in chosen])
+        return view
 
     # -- queries --------------------------------------------------------------------------------------------------
     def gradient(self, images: Tensor, objective: Objective) -> Gradient:

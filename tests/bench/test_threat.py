@@ -116,6 +116,16 @@ def test_eot_is_the_mean_of_its_draws_and_independent_of_the_batch() -> None:
     assert not torch.equal(whole, grad(Victim((Linear(),), Flip(), "exact", eot=1), X))
 
 
+def test_a_view_made_inside_an_objective_keeps_the_draw() -> None:
+    """Input diversity splits a batch inside the objective; the parts must see the draw in progress, each once."""
+    victim = Victim((Linear(),), Flip(), "exact", eot=6)
+
+    def split(o: Any, v: Tensor) -> Tensor:
+        return torch.cat([o.select([i]).loss(v[[i]], [i], "ce") for i in range(2)])
+
+    assert torch.equal(oracle(victim).gradient(X, split).grad, grad(victim, X))
+
+
 def test_passes_are_counted_per_image() -> None:
     o = oracle(Victim((Linear(), Linear(2.0)), Flip(), "exact", eot=5))
     o.gradient(X, lambda view, v: view.loss(v, [0, 1], "ce"))
