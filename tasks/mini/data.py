@@ -19,14 +19,18 @@ there to the uint8 image is integer arithmetic, so that items do not depend on t
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
+import importlib.util
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 UInt8 = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
@@ -119,8 +123,23 @@ class Scene:
 # ---------------------------------------------------------------- sources
 
 
+def _source(name: str) -> Path | None:
+    """A data file inside scikit-learn. Importing that library takes seconds and is not needed to read a file."""
+    spec = importlib.util.find_spec("sklearn")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "datasets" / name
+        if path.is_file():
+            return path
+    return None
+
+
 @functools.lru_cache(maxsize=1)
 def _scans() -> tuple[Int64, Int64]:
+    path = _source("data/digits.csv.gz")
+    if path is not None:
+        with gzip.open(path, "rt", encoding="ascii") as file:
+            rows = np.array([[int(float(v)) for v in line.split(",")] for line in file], dtype=np.int64)
+        return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -129,9 +148,13 @@ def _scans() -> tuple[Int64, Int64]:
 
 @functools.lru_cache(maxsize=1)
 def _photos() -> tuple[UInt8, ...]:
-    from sklearn.datasets import load_sample_images
+    paths = [_source(f"images/{name}.jpg") for name in ("china", "flower")]
+    if None not in paths:
+        photos = tuple(np.array(Image.open(path).convert("RGB")) for path in paths if path)
+    else:
+        from sklearn.datasets import load_sample_images
 
-    photos = tuple(np.ascontiguousarray(p, dtype=np.uint8) for p in load_sample_images().images)
+        photos = tuple(np.array(p, dtype=np.uint8) for p in load_sample_images().images)
     for photo in photos:
         photo.setflags(write=False)
     return photos

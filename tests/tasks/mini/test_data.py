@@ -32,6 +32,16 @@ def test_items_are_the_recorded_ones() -> None:
     assert digest() == GOLDEN
 
 
+def test_sources_are_those_that_scikit_learn_loads() -> None:
+    from sklearn.datasets import load_digits, load_sample_images
+
+    scans, labels = data._scans()
+    np.testing.assert_array_equal(scans, load_digits().images)
+    np.testing.assert_array_equal(labels, load_digits().target)
+    for own, theirs in zip(data._photos(), load_sample_images().images, strict=True):
+        np.testing.assert_array_equal(own, theirs)
+
+
 def test_items_do_not_depend_on_process_or_global_random_state() -> None:
     np.random.seed(1)
     before = data.sample("train", 5)[0]
