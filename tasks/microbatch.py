@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.errors import BenchError
+
 __all__ = ["default_size", "micro_batches"]
 
 
@@ -37,6 +39,9 @@ def micro_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int
 
     Returns:
         (B, ...) as `network` returns it.
+
+    Raises:
+        BenchError: the network does not return a row for each image.
     """
     if len(images) == 0:
         return network(images)
@@ -45,5 +50,11 @@ def micro_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int
         missing = size - len(group)
         # The copies are detached: their share of the gradient is zero, and adding it would be work for nothing.
         full = torch.cat([group, group[:1].detach().expand(missing, *group.shape[1:])]) if missing else group
-        outputs.append(network(full)[: len(group)])
+        result = network(full)
+        if len(result) != size:
+            raise BenchError(
+                f"the network turned images {tuple(full.shape)} into {tuple(result.shape)}, expected {size} rows: "
+                "does it take images of this size?"
+            )
+        outputs.append(result[: len(group)])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -97,7 +97,9 @@ class LogitsClassifier(TargetModel):
         self.micro_batch = micro_batch
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
-                raise ValueError(f"{name}: {list(values)} is not three numbers" + " above 0" * (name == "std"))
+                raise ValueError(
+                    f"{name}: {list(values)} is not three numbers" + " above 0" * (name == "std")
+                )
             buffer = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
         self.requires_grad_(False)
@@ -187,7 +189,9 @@ class LogitsClassifier(TargetModel):
         """
         modules = dict(self.network.named_modules())
         if layer not in modules or not layer:
-            raise GridError(unknown(f"layer of {type(self.network).__name__}", layer, (n for n in modules if n)))
+            raise GridError(
+                unknown(f"layer of {type(self.network).__name__}", layer, (n for n in modules if n))
+            )
 
         def run(x: Tensor) -> Tensor:
             seen: list[Any] = []
@@ -202,7 +206,9 @@ class LogitsClassifier(TargetModel):
             if not seen:
                 raise GridError(f"layer '{layer}' of {type(self.network).__name__} is never run")
             if not isinstance(seen[-1], Tensor) or seen[-1].ndim < 2 or len(seen[-1]) != len(x):
-                raise GridError(f"layer '{layer}' of {type(self.network).__name__} does not return one row per image")
+                raise GridError(
+                    f"layer '{layer}' of {type(self.network).__name__} does not return one row per image"
+                )
             return seen[-1]
 
         return self._run(run, images).float()

@@ -47,12 +47,19 @@ class Classification(Task):
         """`score` 1 or 0, `correct`, `label` (truth), `prediction`, `confidence` and `margin` of the prediction."""
         label, said = int(target), int(prediction)
         correct = int(said == label)
-        row: dict[str, Any] = {"score": float(correct), "correct": correct, "label": label, "prediction": said}
+        row: dict[str, Any] = {
+            "score": float(correct),
+            "correct": correct,
+            "label": label,
+            "prediction": said,
+        }
         if isinstance(prediction, Decision):
             row |= {"confidence": prediction.confidence, "margin": prediction.margin}
         return row
 
-    def attack_targets(self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG) -> tuple[int, ...]:
+    def attack_targets(
+        self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
+    ) -> tuple[int, ...]:
         """Wrong labels by `rule`.
 
         `cafd`: class 3, or 1 where the label is 3 (Zhou et al. 2021, their code). `next`: the label plus one, the
@@ -81,7 +88,9 @@ class Classification(Task):
             raise GridError(unknown("target rule of task classification", rule, _RULES))
         for label, wrong in zip(labels, chosen, strict=True):
             if not 0 <= wrong < num_classes:
-                raise GridError(f"target '{rule}': class {wrong} does not exist, the model has {num_classes} classes")
+                raise GridError(
+                    f"target '{rule}': class {wrong} does not exist, the model has {num_classes} classes"
+                )
             if wrong == label:
                 raise GridError(
                     f"target '{rule}': an image has label {label} itself; use cafd, next or random, "

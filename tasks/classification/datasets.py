@@ -1,0 +1,483 @@
+"""Classification data in the layouts they are published in, read by torchvision's own classes.
+
+Every dataset takes `root`, the folder its files lie in or under; without it the environment variable `BENCH_DATA`
+says where data lie, else `./data`. Nothing is downloaded, and files are read on first use.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from bench.errors import DataError, WeightsError
+from bench.protocols import Dataset, Sample
+from bench.registry import DATASETS
+from bench.weights import sha256_file
+
+__all__ = ["Cifar10", "Cifar100", "FashionMnist", "ImageFolder", "ImageNet", "Nips2017", "Svhn"]
+
+#: Trees of more files than this are fingerprinted by names and sizes instead of content.
+_CONTENT_LIMIT = 4096
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+# -- what they share ----------------------------------------------------------------------------------------------
+def data_root(root: str | None) -> Path:
+    """`root`, else what BENCH_DATA names, else ./data."""
+    return Path(root or os.environ.get("BENCH_DATA") or "data").expanduser()
+
+
+def to_image(pixels: Any) -> Tensor:
+    """(H, W, 3) or (H, W) 8-bit pixels as an image (3, H, W) in [0,1]; grey is repeated."""
+    array = np.asarray(pixels, dtype=np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float() / 255
+
+
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in `path`.
+
+    Raises:
+        DataError: the file is missing or no readable image.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"image {path} does not exist") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error) if str(path) not in str(error) else type(error).__name__
+        raise DataError(f"image {path} cannot be read: {reason}") from None
+
+
+def fingerprint_files(paths: Iterable[tuple[str, Path]]) -> str:
+    """Digest of (name, file) pairs: of their content, or of names and sizes when they are more than a few thousand.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    listed = sorted(paths)
+    digest = hashlib.sha256(f"{len(listed)} files".encode())
+    for name, path in listed:
+        try:
+            content = sha256_file(path) if len(listed) <= _CONTENT_LIMIT else str(path.stat().st_size)
+        except OSError as error:
+            raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
+        except WeightsError as error:
+            raise DataError(str(error).replace("weights file", "data file")) from None
+        digest.update(f"\n{name}\t{content}".encode())
+    return digest.hexdigest()
+
+
+class _Published(Dataset):
+    """A dataset that one of torchvision's classes reads into memory as a whole."""
+
+    task: ClassVar[str] = "classification"
+    title: ClassVar[str]
+    #: Sub-folders of the root that the files may lie under.
+    folders: ClassVar[tuple[str, ...]] = (".",)
+
+    def __init__(self, root: str | None = None, split: Literal["train", "test"] = "test") -> None:
+        self.root = data_root(root)
+        self.split = split
+
+    @abstractmethod
+    def _files(self) -> Sequence[str]:
+        """Files that the split needs, relative to the folder."""
+
+    @abstractmethod
+    def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
+        """Images (N, H, W[, 3]) uint8 and labels, from `folder`."""
+
+    def _folder(self) -> Path:
+        for name in self.folders:
+            folder = self.root / name
+            if (folder / self._files()[0]).is_file():
+                return folder
+        wanted = self.root / self.folders[0] / self._files()[0]
+        raise DataError(
+            f"dataset {self._name()}: {wanted} does not exist; put {self.title} there, name its folder with root: or "
+            "BENCH_DATA, or use the embedded data (profile mini)"
+        )
+
+    def _name(self) -> str:
+        return getattr(self, "name", type(self).__name__.lower())
+
+    @functools.cached_property
+    def _content(self) -> tuple[np.ndarray, list[int]]:
+        folder = self._folder()
+        for name in self._files():
+            if not (folder / name).is_file():
+                raise DataError(
+                    f"dataset {self._name()}: {folder / name} does not exist; {self.title} has it"
+                )
+        try:
+            images, labels = self._open(folder)
+        except DataError:
+            raise
+        except Exception as error:
+            # torchvision, scipy and pickle fail in many ways on a damaged file, all of which mean just that.
+            what = (
+                "is not as published (damaged, cut short or changed)"
+                if _is_integrity(error)
+                else f"fails: {error}"
+            )
+            raise DataError(f"dataset {self._name()}: reading {folder} {what}") from None
+        if len(images) != len(labels):
+            raise DataError(
+                f"dataset {self._name()}: {folder} holds {len(images)} images but {len(labels)} labels"
+            )
+        if len(labels) and not 0 <= min(labels) <= max(labels) < len(self.classes):
+            raise DataError(
+                f"dataset {self._name()}: {folder} holds labels outside 0..{len(self.classes) - 1}"
+            )
+        return images, [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._content[1])
+
+    def __getitem__(self, index: int) -> Sample:
+        images, labels = self._content
+        return Sample(to_image(images[index]), labels[index], str(index))
+
+    def fingerprint(self) -> str:
+        """Digest of the split's files."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        folder = self._folder()
+        return fingerprint_files((name, folder / name) for name in self._files())
+
+
+def _is_integrity(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "corrupted" in str(error)
+
+
+# -- published in a few files -------------------------------------------------------------------------------------
+@DATASETS.register_module(name="cifar10")
+class Cifar10(_Published):
+    """CIFAR-10 (Krizhevsky 2009), "python version": `cifar-10-batches-py/` with its batches.
+
+    The batches are pickles; they are opened only if their MD5 is the published one.
+    """
+
+    title = "the extracted cifar-10-python.tar.gz"
+    folders = ("cifar-10-batches-py", "cifar10/cifar-10-batches-py", ".")
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    def _reader(self) -> Any:
+        from torchvision.datasets import CIFAR10
+
+        return CIFAR10
+
+    def _files(self) -> Sequence[str]:
+        reader = self._reader()
+        listed = reader.train_list if self.split == "train" else reader.test_list
+        return [name for name, _ in listed]
+
+    def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
+        reader = self._reader()
+        if folder.resolve().name != reader.base_folder:
+            raise DataError(
+                f"dataset {self._name()}: the folder {folder} must be called {reader.base_folder}"
+            )
+        content = reader(folder.resolve().parent, train=self.split == "train")
+        return content.data, content.targets
+
+
+@DATASETS.register_module(name="cifar100")
+class Cifar100(Cifar10):
+    """CIFAR-100 (Krizhevsky 2009), fine labels, "python version": `cifar-100-python/`."""
+
+    title = "the extracted cifar-100-python.tar.gz"
+    folders = ("cifar-100-python", "cifar100/cifar-100-python", ".")
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """The hundred fine labels, in alphabetical order, which is the order of the label numbers."""
+        return _CIFAR100.split()
+
+    def _reader(self) -> Any:
+        from torchvision.datasets import CIFAR100
+
+        return CIFAR100
+
+
+@DATASETS.register_module(name="svhn")
+class Svhn(_Published):
+    """Street View House Numbers (Netzer et al. 2011), cropped digits: `test_32x32.mat`; label 0 is the digit 0."""
+
+    title = "test_32x32.mat / train_32x32.mat of SVHN format 2"
+    folders = (".", "svhn", "SVHN")
+    classes = tuple("0123456789")
+
+    def _files(self) -> Sequence[str]:
+        return [f"{self.split}_32x32.mat"]
+
+    def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
+        from torchvision.datasets import SVHN
+
+        content = SVHN(folder, split=self.split)
+        return content.data.transpose(0, 2, 3, 1), content.labels.tolist()
+
+
+@DATASETS.register_module(name="fashion_mnist")
+class FashionMnist(_Published):
+    """Fashion-MNIST (Xiao et al. 2017), 28x28, grey repeated to RGB: `FashionMNIST/raw/*-ubyte`, unpacked."""
+
+    title = "the four unpacked idx files of Fashion-MNIST"
+    folders = ("FashionMNIST/raw",)
+    classes = (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    )  # fmt: skip
+
+    def _files(self) -> Sequence[str]:
+        prefix = "train" if self.split == "train" else "t10k"
+        return [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+
+    def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
+        from torchvision.datasets import FashionMNIST
+
+        class Split(FashionMNIST):
+            """Asks for the files of the wanted split only."""
+
+            def _check_exists(self) -> bool:
+                return True
+
+            @property
+            def raw_folder(self) -> str:
+                return str(folder)
+
+        content = Split(folder, train=self.split == "train")
+        return content.data.numpy(), content.targets.tolist()
+
+
+# -- published as files -------------------------------------------------------------------------------------------
+class _Files(Dataset):
+    """A dataset of one image file per item."""
+
+    task: ClassVar[str] = "classification"
+    root: Path
+    size: int | None = None
+
+    @abstractmethod
+    def _list(self) -> list[tuple[str, Path, int]]:
+        """(id, file, label) of every item, in order."""
+
+    def _name(self) -> str:
+        return getattr(self, "name", type(self).__name__.lower())
+
+    @functools.cached_property
+    def _items(self) -> list[tuple[str, Path, int]]:
+        items = self._list()
+        if not items:
+            raise DataError(f"dataset {self._name()}: {self.root} holds no images")
+        return items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def ids(self) -> Sequence[str]:
+        """Paths below the root, or the ids that the dataset's own list gives."""
+        return [item[0] for item in self._items]
+
+    def __getitem__(self, index: int) -> Sample:
+        image_id, path, label = self._items[index]
+        image = read_image(path)
+        if self.size is not None:
+            image = _small(image, self.size)
+        return Sample(to_image(image), label, image_id)
+
+    def fingerprint(self) -> str:
+        """Digest of the list (ids and labels) and of the files, by content or, for large trees, by size."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        listed = hashlib.sha256(
+            "\n".join(f"{i}\t{label}" for i, _, label in self._items).encode()
+        ).hexdigest()
+        files = fingerprint_files((image_id, path) for image_id, path, _ in self._items)
+        return hashlib.sha256(f"{listed} {files} {self.size}".encode()).hexdigest()
+
+
+def _small(image: Image.Image, size: int) -> Image.Image:
+    """The central square at `size` x `size`, averaged over boxes (as Chrabaszcz et al. 2017 do for ImageNet)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side))
+
+
+def _check_folder(root: Path, name: str, wanted: str) -> None:
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(
+            f"dataset {name}: {root} {what}; expected {wanted}; name it with root: or BENCH_DATA, or use the "
+            "embedded data (profile mini)"
+        )
+
+
+@DATASETS.register_module(name="image_folder")
+class ImageFolder(_Files):
+    """Images sorted into one folder per class (`root/cat/1.png`); labels follow the alphabetical order of folders.
+
+    Args:
+        root: folder of the class folders.
+        size: crop the central square and reduce it to this many pixels a side; None keeps the original.
+    """
+
+    def __init__(self, root: str, size: int | None = None) -> None:
+        self.root = Path(root).expanduser()
+        self.size = _check_size(size)
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """Names of the class folders."""
+        _check_folder(self.root, self._name(), "a folder with one folder of images per class")
+        found = sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"dataset {self._name()}: {self.root} holds no class folders")
+        return found
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        return _walk(self.root, {name: label for label, name in enumerate(self.classes)})
+
+
+@DATASETS.register_module(name="imagenet")
+class ImageNet(_Files):
+    """ImageNet-1k (Russakovsky et al. 2015): `val/n01440764/*.JPEG` under the root; some of the classes are enough.
+
+    Args:
+        root: folder that holds `val` (or `imagenet/val`).
+        split: `val` or `train`.
+        size: crop the central square and reduce it to this many pixels a side (64 in some papers).
+    """
+
+    def __init__(
+        self, root: str | None = None, split: Literal["val", "train"] = "val", size: int | None = None
+    ) -> None:
+        given = data_root(root)
+        self.split = split
+        self.size = _check_size(size)
+        self.root = next(
+            (p for p in (given / split, given / "imagenet" / split) if p.is_dir()), given / split
+        )
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """The thousand class names in label order."""
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+        return list(_IMAGENET_CATEGORIES)
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        from timm.data import ImageNetInfo
+
+        _check_folder(self.root, self._name(), f"ImageNet's {self.split} images in one folder per WordNet id")
+        labels = {str(synset): label for label, synset in enumerate(ImageNetInfo().label_names())}
+        folders = sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        strange = [name for name in folders if name not in labels]
+        if strange:
+            raise DataError(
+                f"dataset {self._name()}: {self.root / strange[0]} is not one of ImageNet's thousand WordNet ids "
+                "(n01440764, ...); for other classes use dataset image_folder"
+            )
+        return _walk(self.root, {name: labels[name] for name in folders})
+
+
+def _walk(root: Path, labels: dict[str, int]) -> list[tuple[str, Path, int]]:
+    items = []
+    for folder, label in labels.items():
+        paths = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        items += [(p.relative_to(root).as_posix(), p, label) for p in paths]
+    return items
+
+
+@DATASETS.register_module(name="nips2017")
+class Nips2017(_Files):
+    """The thousand development images of the NIPS 2017 adversarial contest (Kurakin et al. 2018), 299x299.
+
+    `images/*.png` beside a table with the columns ImageId and TrueLabel (`images.csv`, `dev_dataset.csv` or
+    `dev.csv`). Labels in the table count from 1; ours from 0.
+
+    Args:
+        root: folder that holds the table, or whose `nips2017` does.
+    """
+
+    tables: ClassVar[tuple[str, ...]] = ("images.csv", "dev_dataset.csv", "dev.csv")
+
+    def __init__(self, root: str | None = None) -> None:
+        given = data_root(root)
+        candidates = [folder / name for folder in (given, given / "nips2017") for name in self.tables]
+        self.table = next((p for p in candidates if p.is_file()), candidates[0])
+        self.root = self.table.parent
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """ImageNet's thousand class names."""
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+        return list(_IMAGENET_CATEGORIES)
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        _check_folder(self.root, self._name(), "the contest's images.csv and its folder images/")
+        if not self.table.is_file():
+            raise DataError(
+                f"dataset {self._name()}: {self.root} holds none of {', '.join(self.tables)}, the table of labels"
+            )
+        rows: list[tuple[str, int]] = []
+        try:
+            with self.table.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                columns = {str(c).strip().lower(): c for c in reader.fieldnames or ()}
+                missing = [c for c in ("imageid", "truelabel") if c not in columns]
+                if missing:
+                    raise DataError(
+                        f"dataset {self._name()}: {self.table} has no column ImageId or TrueLabel"
+                    )
+                for line, row in enumerate(reader, start=2):
+                    number = str(row[columns["truelabel"]]).strip()
+                    if not number.isdecimal() or not 1 <= int(number) <= 1000:
+                        raise DataError(
+                            f"dataset {self._name()}: {self.table}, line {line}: TrueLabel is {number!r}, "
+                            "expected 1 to 1000"
+                        )
+                    rows.append((str(row[columns["imageid"]]).strip(), int(number)))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"dataset {self._name()}: {self.table} cannot be read: {error}") from None
+        return [(name, self._image(name), label - 1) for name, label in rows]
+
+    def _image(self, name: str) -> Path:
+        file = name if name.endswith(".png") else f"{name}.png"
+        inside = self.root / "images" / file
+        return inside if inside.is_file() or not (self.root / file).is_file() else self.root / file
+
+
+def _check_size(size: int | None) -> int | None:
+    if size is not None and size < 1:
+        raise ValueError(f"size: {size} is not 1 or more")
+    return size
+
+
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
