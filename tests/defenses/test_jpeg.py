@@ -8,7 +8,7 @@ from PIL import Image
 from bench.chain import bpda
 from bench.errors import PluginError
 from bench.registry import DEFENSES
-from defenses.jpeg import CHROMA, LUMA, _cubic_round, differentiable_jpeg, hard_round, table
+from defenses._jpeg import CHROMA, LUMA, cubic_round, differentiable_jpeg, hard_round, table
 
 
 def pillow(pixels: np.ndarray, **options) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_straight_through_gradient_at_full_resolution_is_the_identity(photos):
 
 def test_cubic_rounding_has_the_derivative_of_shin_and_song():
     x = torch.linspace(-2.3, 2.3, 41, dtype=torch.float64).requires_grad_()
-    y = _cubic_round(x)
+    y = cubic_round(x)
     assert (y - x.detach().round()).abs().max() <= 0.125
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(grad, 3 * (x - x.round()) ** 2)
