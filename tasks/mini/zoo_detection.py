@@ -49,9 +49,10 @@ def score_detector(
     steps: int = 20,
     kinds: tuple[str, ...] = ("cls", "loc", "cls+loc"),
 ) -> dict[str, float]:
-    """Mean average precision of a detector on scenes: clean and under sign-gradient ascent on its losses (no random start).
+    """Mean average precision of a detector on scenes: clean, and under sign-gradient ascent on its losses.
 
-    The attack is written out here so that a recipe can be judged before any attack plug-in is; it feeds no table.
+    The attack starts at the image. It is written out here so that a recipe can be judged before any attack plug-in
+    is; it feeds no table.
 
     Args:
         network: an mmdet detector.
@@ -116,6 +117,7 @@ def _build(
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.hooks import Hook
+    from mmengine.logging import MMLogger
     from mmengine.registry import DefaultScope
     from mmengine.runner import Runner
 
@@ -134,6 +136,9 @@ def _build(
     with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope("mmdet"):
         torch.manual_seed(seed)
         model = MODELS.build(config.model)
+        MMLogger.get_current_instance().setLevel(
+            config.log_level
+        )  # else every tensor's initialisation is told
         model.init_weights()
         classifier = _Classifier(model.backbone, model.backbone.feat_dim)
     if ahead:

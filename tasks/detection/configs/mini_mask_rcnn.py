@@ -8,8 +8,8 @@ model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(
         type="DetDataPreprocessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
+        mean=[127.5, 127.5, 127.5],
+        std=[63.75, 63.75, 63.75],
         bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=16,
@@ -114,15 +114,31 @@ model = dict(
     ),
 )
 
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=size, keep_ratio=True),
-    dict(type="PackDetInputs"),
-]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+
+# -- training: mmengine's Runner on scenes made on the fly; `bench zoo build` fills in seed and contrast
+batch, iters = 16, 1400
+pretrain_backbone = True
+train_dataloader = dict(
+    batch_size=batch,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="pseudo_collate"),
+    dataset=dict(type="MiniDetectionStream", split="train", length=batch * iters, contrast=0, easy_share=0.3),
+)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iters)
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01), clip_grad=dict(max_norm=20)
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=200),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=200, end=iters, eta_min=1e-5),
+]
+default_hooks = dict(checkpoint=None, logger=None)
+default_scope = "mmdet"
+log_level = "WARNING"

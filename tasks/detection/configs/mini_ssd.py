@@ -74,15 +74,31 @@ model = dict(
     ),
 )
 
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="Resize", scale=size, keep_ratio=False),
-    dict(type="PackDetInputs"),
-]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=size, keep_ratio=False),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+
+# -- training: mmengine's Runner on scenes made on the fly; `bench zoo build` fills in seed and contrast
+batch, iters = 16, 1400
+pretrain_backbone = False
+train_dataloader = dict(
+    batch_size=batch,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="pseudo_collate"),
+    dataset=dict(type="MiniDetectionStream", split="train", length=batch * iters, contrast=0, easy_share=0.3),
+)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iters)
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01), clip_grad=dict(max_norm=20)
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=200),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=200, end=iters, eta_min=1e-5),
+]
+default_hooks = dict(checkpoint=None, logger=None)
+default_scope = "mmdet"
+log_level = "WARNING"
