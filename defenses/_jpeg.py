@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
+Rounding = Callable[[Tensor], Tensor]
 
 # ITU-T T.81, Annex K, tables K.1 and K.2.
 LUMA = (
@@ -39,9 +40,7 @@ FORWARD = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.41
 BACKWARD = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 
 
-def codec(
-    images: Tensor, quality: int, subsampling: Subsampling, to_int: Callable[[Tensor], Tensor]
-) -> Tensor:
+def codec(images: Tensor, quality: int, subsampling: Subsampling, to_int: Rounding) -> Tensor:
     """Images (B, 3, H, W) in [0,1], made 8-bit by `to_int`, through libjpeg-turbo: multiples of 1/255, no gradient."""
     pixels = to_int(images.detach().clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = np.stack([_codec(image, quality, subsampling) for image in pixels])
@@ -49,28 +48,33 @@ def codec(
     return out.contiguous()
 
 
-def differentiable_jpeg(
-    levels: Tensor, quality: int, subsampling: Subsampling, quantise: Callable[[Tensor], Tensor]
-) -> Tensor:
+def differentiable_jpeg(levels: Tensor, quality: int, subsampling: Subsampling, quantise: Rounding) -> Tensor:
     """JPEG on grey levels 0..255, (B, 3, H, W), with `quantise` in place of the rounding of DCT coefficients.
 
     With `quantise` = `hard_round` it reproduces libjpeg-turbo up to the rounding inside its integer DCT: about 0.1 grey
     levels on average, more in the few blocks where a coefficient at a tie falls to the other side.
     """
     height, width = levels.shape[-2:]
-    forward = levels.new_tensor(FORWARD)
-    ycc = torch.einsum("ck,bkhw->bchw", forward, levels) + levels.new_tensor((0.0, 128.0, 128.0)).view(
-        3, 1, 1
-    )
-    ycc = straight_through(ycc, torch.round)
+    ycc = straight_through(rgb_to_ycc(levels), torch.round)
     step_y, step_x = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}[subsampling]
     luma = _component(ycc[:, :1], table(LUMA, quality), quantise)
     small = _downsample(ycc[:, 1:], step_y, step_x)
     small = _component(small, table(CHROMA, quality), quantise)
     small = small[..., : math.ceil(height / step_y), : math.ceil(width / step_x)]
-    chroma = _upsample(small, step_y, step_x)[..., :height, :width] - 128
-    rgb = torch.einsum("ck,bkhw->bchw", levels.new_tensor(BACKWARD), torch.cat([luma, chroma], 1))
-    return straight_through(rgb, lambda x: x.round().clamp(0, 255))
+    chroma = _upsample(small, step_y, step_x)[..., :height, :width]
+    return straight_through(ycc_to_rgb(torch.cat([luma, chroma], 1)), lambda x: x.round().clamp(0, 255))
+
+
+def rgb_to_ycc(levels: Tensor) -> Tensor:
+    """YCbCr of RGB grey levels (B, 3, H, W), both in 0..255; not rounded."""
+    shift = levels.new_tensor((0.0, 128.0, 128.0)).view(3, 1, 1)
+    return torch.einsum("ck,bkhw->bchw", levels.new_tensor(FORWARD), levels) + shift
+
+
+def ycc_to_rgb(levels: Tensor) -> Tensor:
+    """RGB of YCbCr grey levels (B, 3, H, W), neither rounded nor clamped."""
+    shift = levels.new_tensor((0.0, 128.0, 128.0)).view(3, 1, 1)
+    return torch.einsum("ck,bkhw->bchw", levels.new_tensor(BACKWARD), levels - shift)
 
 
 def table(base: tuple[tuple[int, ...], ...], quality: int) -> list[list[float]]:
@@ -132,7 +136,7 @@ def blockwise(plane: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return out[..., :height, :width]
 
 
-def _component(plane: Tensor, divisors: list[list[float]], quantise: Callable[[Tensor], Tensor]) -> Tensor:
+def _component(plane: Tensor, divisors: list[list[float]], quantise: Rounding) -> Tensor:
     """One colour component of JPEG, in grey levels."""
     steps = plane.new_tensor(divisors).reshape(64)
 
