@@ -25,6 +25,10 @@ CASES = {
     "tvm": ("tvm", {}),
     "tvm-chambolle": ("tvm", {"method": "chambolle"}),
     "tvm-drop": ("tvm", {"p": 0.5}),
+    "feature_distillation": ("feature_distillation", {}),
+    "feature_distillation-ycbcr": ("feature_distillation", {"variant": "ycbcr"}),
+    "crop_rescale": ("crop_rescale", {"fraction": 0.8}),
+    "crop_rescale-center": ("crop_rescale", {"fraction": 0.8, "position": "center"}),
     "random_resize_pad": ("random_resize_pad", {}),
     "random_resize_pad-paper": ("random_resize_pad", {"mode": "paper"}),
 }
@@ -105,7 +109,7 @@ def test_bpda_has_exact_values_and_a_gradient(defense, size, photos, streams):
     assert torch.isfinite(grad).all() and (grad != 0).float().mean() > 0.05
 
 
-@pytest.mark.parametrize("case", ["none", "noise", "median_filter", "random_resize_pad"])
+@pytest.mark.parametrize("case", ["none", "noise", "median_filter", "random_resize_pad", "crop_rescale"])
 def test_bpda_of_a_defense_with_its_own_gradient_is_that_gradient(case, photos, streams):
     defense = DEFENSES.create(*CASES[case])
     images = photos(2, 31, 45).requires_grad_()
