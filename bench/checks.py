@@ -39,7 +39,9 @@ def check_images(images: Tensor, ids: Sequence[str], where: str) -> None:
             raise DataError(f"{where}, image {image_id}: NaN or infinite pixels")
         low, high = float(image.min()), float(image.max())
         if low < -TOLERANCE or high > 1 + TOLERANCE:
-            raise DataError(f"{where}, image {image_id}: pixels span [{low:.3g}, {high:.3g}], expected [0, 1]")
+            raise DataError(
+                f"{where}, image {image_id}: pixels span [{low:.3g}, {high:.3g}], expected [0, 1]"
+            )
 
 
 def norms(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,9 @@ def check_adversarials(attack: Attack, clean: Tensor, adversarial: Tensor, ids: 
             raise CheckError(f"{name}, image {image_id}: pixels leave [0, 1]")
         if attack.eps is not None:
             moved = float(linf[i] if attack.norm == "linf" else l2[i])
-            if moved > float(attack.eps) + TOLERANCE * (1 if attack.norm == "linf" else clean[i].numel() ** 0.5):
+            if moved > float(attack.eps) + TOLERANCE * (
+                1 if attack.norm == "linf" else clean[i].numel() ** 0.5
+            ):
                 raise CheckError(
                     f"{name}, image {image_id}: moved by {moved:.6f} ({attack.norm}), eps is "
                     f"{float(attack.eps):.6f} ({attack.eps})"
@@ -86,7 +90,8 @@ def craft_flags(attack: Attack, infos: Sequence[Mapping[str, Any]]) -> list[str]
         return flags
     if "gradient" in attack.needs:
         zero = max(
-            sum(bool(i["first_zero"]) for i in infos) / count, sum(bool(i["last_zero"]) for i in infos) / count
+            sum(bool(i["first_zero"]) for i in infos) / count,
+            sum(bool(i["last_zero"]) for i in infos) / count,
         )
         if zero > 0.5:
             flags.append("zero-gradient")
@@ -94,7 +99,11 @@ def craft_flags(attack: Attack, infos: Sequence[Mapping[str, Any]]) -> list[str]
             flags.append("some-zero-gradient")
         if any(i["nonfinite"] for i in infos):
             flags.append("nonfinite-gradient")
-        fell = [i for i in infos if i["steps"] > 1 and i["last_loss"] < i["first_loss"] - 1e-6 * abs(i["first_loss"])]
+        fell = [
+            i
+            for i in infos
+            if i["steps"] > 1 and i["last_loss"] < i["first_loss"] - 1e-6 * abs(i["first_loss"])
+        ]
         if len(fell) / count > 0.05:
             flags.append("loss-fell")
     if attack.eps is not None and sum(i["linf"] == 0 for i in infos) / count > 0.01:

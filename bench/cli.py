@@ -42,7 +42,8 @@ zoo_app = typer.Typer(
     help="The embedded target models: list them, rebuild their weights.", no_args_is_help=True
 )
 app.add_typer(zoo_app, name="zoo")
-out = Console(highlight=False, soft_wrap=True)
+# Into a file or pipe, tables are as wide as their content.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 GridOption = Annotated[Path, typer.Option("--grid", "-g", help="Grid file (YAML).")]
@@ -68,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments, standalone_mode=False)
     except BenchError as error:
         fail(str(error), error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         fail("interrupted; everything finished is kept: the same command goes on from here", 130)
     except (typer.Abort, EOFError):
@@ -84,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, click.exceptions.ClickException):
             fail(error.format_message(), 2)
         raise
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines on stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(f"bench: {escape(record.getMessage())}")
 
 
 def fail(message: str, code: int) -> None:
@@ -118,7 +124,10 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: every GPU, else the CPU.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes per device.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes per device; default: 1 per GPU, or the CPU's cores, at most 8."),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per batch; never changes results.")
     ] = None,
@@ -149,6 +158,7 @@ def run(
             f"{plan.grid.name} on profile {plan.profile}: {len(plan.cells)} cells, {cached} cached, {skipped} skipped, "
             f"{sum(j.kind == 'craft' for j in jobs)} crafts and {sum(j.kind == 'cell' for j in jobs)} cells to run"
         )
+        workers = workers or _default_workers(devices, sum(job.cost for job in jobs))
         pool = len(devices) * workers > 1
         run_plan(
             plan,
@@ -201,11 +211,24 @@ def _devices(device: str | None) -> tuple[str, ...]:
     return chosen
 
 
-def _check_tables(plan: Plan) -> None:
-    from bench.plan import check_names
+def _default_workers(devices: Sequence[str], seconds: float) -> int:
+    from bench.executors.processes import cores
 
-    for message in check_names(plan):
-        raise GridError(f"{plan.options.grid}, {message}")
+    # Starting a worker costs seconds of imports; short work does not repay it.
+    return min(cores(), 8) if tuple(devices) == ("cpu",) and seconds > 30 else 1
+
+
+def _check_tables(plan: Plan) -> None:
+    """Build every table on cells that have not run: a table that cannot be built must not cost a run first."""
+    from bench.frame import cell_frame
+    from bench.tables import build
+
+    frame = cell_frame(plan, None)
+    for index, spec in enumerate(plan.grid.tables):
+        try:
+            build(frame, spec)
+        except GridError as error:
+            raise GridError(f"{plan.options.grid}, tables[{index}]: {error}") from None
 
 
 def _write(plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]) -> tuple[Any, Path]:

@@ -81,12 +81,12 @@ def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> l
     return out
 
 
-def cell_frame(plan: Plan, store: Store, errors: Mapping[str, str] | None = None) -> pd.DataFrame:
+def cell_frame(plan: Plan, store: Store | None, errors: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The frame of all cells of a plan, in the grid's order, worst cases included.
 
     Args:
         plan: the resolved grid.
-        store: where the rows are.
+        store: where the rows are; None = as if nothing had run.
         errors: cell key or craft key -> why it failed in this run.
     """
     errors = errors or {}
@@ -143,9 +143,13 @@ def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
     return lines
 
 
-def _cell_lines(plan: Plan, store: Store, cell: Cell, errors: Mapping[str, str]) -> list[dict[str, Any]]:
+def _cell_lines(
+    plan: Plan, store: Store | None, cell: Cell, errors: Mapping[str, str]
+) -> list[dict[str, Any]]:
     if cell.skip is not None:
         return _empty(plan, cell, status="skip", reason=cell.skip)
+    if store is None:
+        return _empty(plan, cell, status="pending", reason="not run yet")
     record = cell_record(store, cell)
     # The craft's failure is the cause; the cell's is that it has nothing to evaluate.
     failure = (errors.get(cell.craft.key) if cell.craft is not None else None) or errors.get(cell.key)
@@ -185,7 +189,7 @@ def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
     return summary
 
 
-def _worst_lines(plan: Plan, store: Store, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _worst_lines(plan: Plan, store: Store | None, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Per image, the attack that leaves the lowest score; over the attacks of one level that apply."""
     able = [cell for cell in cells if cell.skip is None]
     if not able:
@@ -194,8 +198,11 @@ def _worst_lines(plan: Plan, store: Store, cells: Sequence[Cell]) -> list[dict[s
             for line in _empty(plan, cells[0], status="skip", reason=cells[0].skip or "")
         ]
     first = able[0]
-    ids = [i for i in first.target.ids if all(i in cell_record(store, c).done() for c in able)]
-    if len(ids) < len(first.target.ids):
+    ids: list[str] = []
+    if store is not None:
+        done = [cell_record(store, cell).done() for cell in able]
+        ids = [i for i in first.target.ids if all(i in known for known in done)]
+    if store is None or len(ids) < len(first.target.ids):
         return [
             {**line, "attack": WORST, "cell": ""}
             for line in _empty(

@@ -9,7 +9,7 @@ batch size, workers, order, paths or the number of images: rows are stored per i
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,7 @@ class _Planner:
         self.orders: dict[str, dict[str, None]] = {}
         self._defenses: dict[str, tuple[str, Defense]] = {}
         self._attacks: dict[str, tuple[str, Attack]] = {}
+        self._resolving: set[str] = set()
 
     def plan(self) -> Plan:
         for label, spec in self.grid.defenses.items():
@@ -216,14 +217,26 @@ class _Planner:
     def _defense(self, spec: DefenseSpec, where: str, label: str | None = None) -> tuple[str, Defense]:
         at = f"{self.source}, {where}"
         if isinstance(spec, list):
+            if label is not None and label in self._defenses:
+                return self._defenses[label]
             if not spec:
                 raise GridError(f"{at}: expected at least one defense, got an empty list")
             members = [self._defense(s, f"{where}[{i}]") for i, s in enumerate(spec)]
             chain = Chain([member for _, member in members])
             name = label or " + ".join(name for name, _ in members)
             return self._defenses.setdefault(name, (name, chain)) if label else (name, chain)
-        if label is None and isinstance(spec, str) and spec in self._defenses:
-            return self._defenses[spec]
+        if label is None and isinstance(spec, str):
+            if spec in self._resolving:
+                raise GridError(f"{at}: '{spec}' is defined by itself")
+            if spec not in self._defenses and spec in self.grid.defenses:
+                # A chain may name a label that the file defines further down.
+                self._resolving.add(spec)
+                self._defense(self.grid.defenses[spec], f"defenses.{spec}", spec)
+                self._resolving.discard(spec)
+            if spec in self._defenses:
+                return self._defenses[spec]
+        if label is not None and label in self._defenses:
+            return self._defenses[label]
         name, params, own = split_spec(spec, at)
         if name not in DEFENSES.names():
             raise GridError(f"{at}: {unknown('defense', name, {*DEFENSES.names(), *self.grid.defenses})}")
@@ -402,22 +415,6 @@ def task_instance(name: str) -> Task:
     return task
 
 
-def check_names(plan: Plan) -> Sequence[str]:
-    """Column names and values the grid's tables refer to that no cell has, as messages."""
-    messages = []
-    for table in plan.grid.tables:
-        for column, wanted in table.where.items():
-            known = plan.orders.get(column)
-            if known is None:
-                continue
-            for value in wanted if isinstance(wanted, list) else [wanted]:
-                if value not in known and value != "worst case":
-                    messages.append(
-                        f"table '{table.name}', where.{column}: {unknown(column, str(value), known)}"
-                    )
-    return messages
-
-
 __all__ = [
     "CLEAN",
     "BenchError",
@@ -427,6 +424,5 @@ __all__ = [
     "Plan",
     "PluginError",
     "Target",
-    "check_names",
     "make_plan",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -61,13 +60,8 @@ class Display:
             TextColumn("{task.fields[left]}"), console=console, transient=True,
         )  # fmt: skip
         self._total: TaskID | None = None
-        self._handler = _Lines(self)
 
     def __enter__(self) -> Display:
-        logging.getLogger().addHandler(self._handler)
-        self._root_handlers = [h for h in logging.getLogger().handlers if h is not self._handler]
-        for handler in self._root_handlers:
-            logging.getLogger().removeHandler(handler)
         if self._live:
             self._progress.start()
             self._total = self._progress.add_task("cells and crafts", total=len(self.jobs), left="")
@@ -78,9 +72,6 @@ class Display:
     ) -> None:
         if self._live:
             self._progress.stop()
-        logging.getLogger().removeHandler(self._handler)
-        for handler in self._root_handlers:
-            logging.getLogger().addHandler(handler)
 
     def say(self, message: str) -> None:
         """One line, above the bars."""
@@ -149,14 +140,3 @@ class Display:
             done = sum(part >= 1 for part in self._part.values())
             label = self.labels.get(event.key, event.key[:12])
             self.console.print(escape(f"{done} of {len(self.jobs)} done, {text or 'estimating'}: {label}"))
-
-
-class _Lines(logging.Handler):
-    """Log records as lines above the bars."""
-
-    def __init__(self, display: Display) -> None:
-        super().__init__(logging.WARNING)
-        self.display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.display.warn(record.getMessage())

@@ -198,6 +198,10 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         _PLANS[str(manifest)] = (make_plan(read.options), Store(read.store))
     plan, store = _PLANS[str(manifest)]
     torch_device = torch.device(device)
+    if torch_device.type == "cpu":
+        # Kernels split their sums by the number of threads: with one thread everywhere, the numbers are the same for
+        # any number of workers, and workers are the better use of cores for small networks anyway.
+        torch.set_num_threads(1)
     try:
         if job.kind == "craft":
             crafts = plan.crafts()

@@ -190,7 +190,11 @@ def wait_for_shards(process: subprocess.Popen[bytes], grid: Path, count: int) ->
 def test_a_stopped_run_goes_on_where_it_was(
     bench: Run, grid: Path, reference: dict[str, bytes], stop: signal.Signals
 ) -> None:
-    process = subprocess.Popen(command(grid), env=environment(), stderr=subprocess.PIPE, cwd=grid.parent)
+    process = subprocess.Popen(
+        command(grid), env=environment(), stderr=subprocess.PIPE, cwd=grid.parent,
+        # A test run started in the background may ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     wait_for_shards(process, grid, 12)
     process.send_signal(stop)
     _, err = process.communicate(timeout=60)
