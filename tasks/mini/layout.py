@@ -43,7 +43,9 @@ def _png(array: NDArray[np.uint8]) -> bytes:
 
 def _palette_png(array: NDArray[np.uint8]) -> bytes:
     image = Image.fromarray(array, mode="P")
-    image.putpalette([value for colour in data.SEG_PALETTE for value in colour])
+    # All 256 colours: with fewer, Pillow stores fewer bits and the ignore label 255 is lost. VOC's is off-white.
+    colours = [*data.SEG_PALETTE, *[(224, 224, 192)] * (256 - len(data.SEG_PALETTE))]
+    image.putpalette([value for colour in colours for value in colour])
     buffer = io.BytesIO()
     image.save(buffer, format="png", compress_level=6)
     return buffer.getvalue()
