@@ -9,78 +9,25 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
-import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
-from bench.errors import DataError, WeightsError
+from bench.errors import DataError
 from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
-from bench.weights import sha256_file
+from tasks.files import data_root, fingerprint_files, read_image, to_image
 
 __all__ = ["Cifar10", "Cifar100", "FashionMnist", "ImageFolder", "ImageNet", "Nips2017", "Svhn"]
 
-#: Trees of more files than this are fingerprinted by names and sizes instead of content.
-_CONTENT_LIMIT = 4096
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-# -- what they share ----------------------------------------------------------------------------------------------
-def data_root(root: str | None) -> Path:
-    """`root`, else what BENCH_DATA names, else ./data."""
-    return Path(root or os.environ.get("BENCH_DATA") or "data").expanduser()
-
-
-def to_image(pixels: Any) -> Tensor:
-    """(H, W, 3) or (H, W) 8-bit pixels as an image (3, H, W) in [0,1]; grey is repeated."""
-    array = np.asarray(pixels, dtype=np.uint8)
-    if array.ndim == 2:
-        array = np.repeat(array[:, :, None], 3, axis=2)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float() / 255
-
-
-def read_image(path: Path) -> Image.Image:
-    """The RGB image in `path`.
-
-    Raises:
-        DataError: the file is missing or no readable image.
-    """
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error) if str(path) not in str(error) else type(error).__name__
-        raise DataError(f"image {path} cannot be read: {reason}") from None
-
-
-def fingerprint_files(paths: Iterable[tuple[str, Path]]) -> str:
-    """Digest of (name, file) pairs: of their content, or of names and sizes when they are more than a few thousand.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    listed = sorted(paths)
-    digest = hashlib.sha256(f"{len(listed)} files".encode())
-    for name, path in listed:
-        try:
-            content = sha256_file(path) if len(listed) <= _CONTENT_LIMIT else str(path.stat().st_size)
-        except OSError as error:
-            raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
-        except WeightsError as error:
-            raise DataError(str(error).replace("weights file", "data file")) from None
-        digest.update(f"\n{name}\t{content}".encode())
-    return digest.hexdigest()
-
-
+# -- published in a few files ------------------------------------------------------------------------------------
 class _Published(Dataset):
     """A dataset that one of torchvision's classes reads into memory as a whole."""
 
@@ -166,7 +113,6 @@ def _is_integrity(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "corrupted" in str(error)
 
 
-# -- published in a few files -------------------------------------------------------------------------------------
 @DATASETS.register_module(name="cifar10")
 class Cifar10(_Published):
     """CIFAR-10 (Krizhevsky 2009), "python version": `cifar-10-batches-py/` with its batches.
