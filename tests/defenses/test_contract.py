@@ -29,6 +29,8 @@ CASES = {
     "feature_distillation-ycbcr": ("feature_distillation", {"variant": "ycbcr"}),
     "crop_rescale": ("crop_rescale", {"fraction": 0.8}),
     "crop_rescale-center": ("crop_rescale", {"fraction": 0.8, "position": "center"}),
+    "pixel_deflection": ("pixel_deflection", {}),
+    "pixel_deflection-image": ("pixel_deflection", {"deflections": 50, "sigma_units": "image"}),
     "random_resize_pad": ("random_resize_pad", {}),
     "random_resize_pad-paper": ("random_resize_pad", {"mode": "paper"}),
 }
