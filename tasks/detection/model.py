@@ -133,9 +133,9 @@ class Detector(OpenMMLabModel):
                 values.append(image.sum() * 0.0)
                 continue
             with seeded(seeds[index], images.device):
-                inputs = self.preprocess(image, [sample])
-                self._pad_masks(sample)
-                losses = self.network.loss(inputs, [sample])
+                inputs, samples = self.collate(image, [sample])
+                self._pad_masks(samples[0])
+                losses = self.network.loss(inputs, samples)
             values.append(self._sum(losses, kind))
         return torch.stack(values)
 
@@ -188,8 +188,7 @@ class Detector(OpenMMLabModel):
         with torch.no_grad():
             for index in range(len(images)):
                 image = images[index : index + 1]
-                samples = self.new_samples(image)
-                inputs = self.preprocess(image, samples)
+                inputs, samples = self.collate(image, self.new_samples(image))
                 (result,) = self.network.predict(inputs, samples, rescale=True)
                 size = (int(image.shape[-2]), int(image.shape[-1])) if geometry is None else geometry.in_size
                 found.append(self._detections(result.pred_instances, size, *moved(geometry, index)))

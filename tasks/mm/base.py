@@ -123,16 +123,19 @@ class OpenMMLabModel(TargetModel):
         """Images (B, 3, H, W) in [0,1] as the data preprocessor takes them: 0..255, BGR, padded; differentiable."""
         return [self.spec.pad(image.flip(0) * 255) for image in images]
 
-    def preprocess(self, images: Tensor, samples: Sequence[Any]) -> Tensor:
-        """Network input (B, 3, H', W') for images in [0,1]; `samples` learn their padded shape. Differentiable.
+    def collate(self, images: Tensor, samples: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Network input (B, 3, H', W') for images in [0,1], and copies of the samples that know their padded shape.
 
-        `training=False` in the data preprocessor: no batch augmentation, and padding as in inference.
+        Differentiable. `training=False` in the data preprocessor: no batch augmentation, and padding as in inference.
         """
         data = self.network.data_preprocessor(
             {"inputs": self.pixels(images), "data_samples": list(samples)}, False
         )
-        inputs: Tensor = data["inputs"]
-        return inputs
+        return data["inputs"], list(data["data_samples"])
+
+    def preprocess(self, images: Tensor, samples: Sequence[Any]) -> Tensor:
+        """The network input of `collate` alone."""
+        return self.collate(images, samples)[0]
 
     def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) after the pipeline's own padding; the data preprocessor may pad further."""

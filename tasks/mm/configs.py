@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.errors import GridError
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
+    from mmengine.config import Config, ConfigDict
 
 __all__ = ["InputSpec", "Package", "checkpoint_hint", "config_names", "digest", "find_config", "input_spec",
            "load_config", "model_config"]  # fmt: skip
@@ -157,11 +157,13 @@ def _offline(node: Any) -> Any:
     return clean
 
 
-def model_config(config: Config) -> dict[str, Any]:
+def model_config(config: Config) -> ConfigDict:
     """The `model` part, ready to build anywhere: plain BN instead of SyncBN, nothing fetched."""
+    from mmengine.config import ConfigDict
+
     raw = config.model.to_dict() if hasattr(config.model, "to_dict") else dict(config.model)
-    clean: dict[str, Any] = _offline(raw)
-    return clean
+    # Networks read their settings by attribute, so nested parts must be ConfigDicts too.
+    return ConfigDict(_offline(raw))
 
 
 def digest(config: Config) -> str:
