@@ -49,12 +49,18 @@ class VGG(nn.Module):
     def __init__(self, convs: Sequence[int], widths: Sequence[int], num_classes: int = 10) -> None:
         super().__init__()
         if len(convs) != len(widths):
-            raise ValueError(f"convs and widths: {len(convs)} and {len(widths)} stages, expected as many of each")
+            raise ValueError(
+                f"convs and widths: {len(convs)} and {len(widths)} stages, expected as many of each"
+            )
         layers: list[nn.Module] = []
         channels = 3
-        for count, width in zip(convs, widths):
+        for count, width in zip(convs, widths, strict=True):
             for _ in range(count):
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
@@ -88,7 +94,9 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -112,7 +120,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -170,7 +180,9 @@ class WideBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.relu = nn.ReLU()
-        self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if channels != width or stride != 1 else None
+        self.shortcut = (
+            nn.Conv2d(channels, width, 1, stride, bias=False) if channels != width or stride != 1 else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.relu(self.bn1(x))

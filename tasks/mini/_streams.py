@@ -41,7 +41,11 @@ class MiniSceneStream(Dataset[dict[str, Any]]):
         contrast = data.curriculum_contrast(index, self.length, data.SCENE_CONTRAST, self.easy_share)
         scene = data.scene(self.split, index, self.size, seed=self.seed, contrast=contrast)
         image = torch.from_numpy(np.ascontiguousarray(scene.image[:, :, ::-1].transpose(2, 0, 1)))
-        sample = SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(scene.label_map[None].astype(np.int64))))
+        sample = SegDataSample(
+            gt_sem_seg=PixelData(data=torch.from_numpy(scene.label_map[None].astype(np.int64)))
+        )
         size = scene.image.shape[:2]
-        sample.set_metainfo({"img_shape": size, "ori_shape": size, "pad_shape": size, "reduce_zero_label": False})
+        sample.set_metainfo(
+            {"img_shape": size, "ori_shape": size, "pad_shape": size, "reduce_zero_label": False}
+        )
         return {"inputs": image, "data_samples": sample}

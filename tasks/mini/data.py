@@ -170,7 +170,9 @@ def split_digits() -> dict[str, tuple[int, ...]]:
     def take(items: list[int], count: int) -> tuple[list[int], list[int]]:
         # Every (len / count)-th item of a list sorted by label: each label gets its share to within one.
         picked = [(k + 1) * count // len(items) > k * count // len(items) for k in range(len(items))]
-        return [i for i, p in zip(items, picked) if p], [i for i, p in zip(items, picked) if not p]
+        return [i for i, p in zip(items, picked, strict=True) if p], [
+            i for i, p in zip(items, picked, strict=False) if not p
+        ]
 
     test, rest = take(order, SPLIT_SIZES["test"])
     val, train = take(rest, SPLIT_SIZES["val"])
@@ -192,7 +194,9 @@ def _enlarge_matrix() -> NDArray[np.float64]:
         for k in range(first, first + 4):
             t = abs(position - k)
             if 0 <= k < n and t < 2:
-                matrix[out, k] = 1.5 * t**3 - 2.5 * t**2 + 1 if t <= 1 else -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+                matrix[out, k] = (
+                    1.5 * t**3 - 2.5 * t**2 + 1 if t <= 1 else -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+                )
     return matrix
 
 
@@ -231,7 +235,10 @@ def _draw(index: int, pose: _Pose, top: int, left: int, height: int, width: int)
     xx, xy = cos * step * 1000 / pose.aspect, sin * step * 1000 / pose.aspect
     # Rounding to 1/65536 makes the map the same whatever the last bits of cos and sin are.
     a, b = round(xx * _FIX), round(xy * _FIX)
-    c, d = round((-sin + pose.shear / 1000 * cos) * step * _FIX), round((cos + pose.shear / 1000 * sin) * step * _FIX)
+    c, d = (
+        round((-sin + pose.shear / 1000 * cos) * step * _FIX),
+        round((cos + pose.shear / 1000 * sin) * step * _FIX),
+    )
     dx = 2 * np.arange(left, left + width, dtype=np.int64) + 1 - pose.cx2
     dy = 2 * np.arange(top, top + height, dtype=np.int64) + 1 - pose.cy2
     # Pixel centres in the glyph, in 1/256 pixel; halves because dx and dy count half pixels.

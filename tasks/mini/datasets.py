@@ -54,7 +54,8 @@ class MiniDigits(_Mini):
     """Handwritten digits on photographs, 32x32, ten classes; embedded, no files needed.
 
     Args:
-        split: `train` (1,197 digits), `val` (100) or `test` (500); they share neither digits nor parts of the photographs.
+        split: `train` (1,197 digits), `val` (100) or `test` (500); they share neither digits nor parts of the
+            photographs.
         count: number of images; the split's number of digits unless given. More shows digits again, blended anew.
     """
 
@@ -77,7 +78,8 @@ class MiniDigits(_Mini):
 class MiniScenesSeg(_Mini):
     """Scenes of one to three handwritten digits on photographs with label maps, 96x96; embedded, no files needed.
 
-    Targets are (H, W) int64 label maps: 0 background, 1 to 10 the digits 0 to 9, 255 ignored (the thin edge of a digit).
+    Targets are (H, W) int64 label maps: 0 background, 1 to 10 the digits 0 to 9, 255 ignored (the thin edge of a
+    digit).
 
     Args:
         split: `train`, `val` or `test`; they share neither digits nor parts of the photographs.

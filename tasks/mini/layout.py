@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,12 +59,13 @@ def rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def _coco(split: str, count: int, size: int, seed: int) -> Files:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(count):
         scene = data.scene(split, index, size, seed=seed)
         name = f"{split}_{index:06d}.png"
         images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
-        for box, label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks):
+        for box, label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks, strict=True):
             x1, y1, x2, y2 = box
             annotations.append({
                 "id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1, "iscrowd": 0,
@@ -75,7 +75,9 @@ def _coco(split: str, count: int, size: int, seed: int) -> Files:
     document = {
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": k + 1, "name": name, "supercategory": "digit"} for k, name in enumerate(data.CLASSES)],
+        "categories": [
+            {"id": k + 1, "name": name, "supercategory": "digit"} for k, name in enumerate(data.CLASSES)
+        ],
     }
     yield f"annotations/instances_{split}.json", json.dumps(document).encode()
 
@@ -91,13 +93,13 @@ def _voc(split: str, count: int, size: int, seed: int) -> Files:
         shape = ElementTree.SubElement(root, "size")
         for key, value in (("width", size), ("height", size), ("depth", 3)):
             ElementTree.SubElement(shape, key).text = str(value)
-        for box, label in zip(scene.boxes.astype(int).tolist(), scene.labels.tolist()):
+        for box, label in zip(scene.boxes.astype(int).tolist(), scene.labels.tolist(), strict=True):
             item = ElementTree.SubElement(root, "object")
             ElementTree.SubElement(item, "name").text = data.CLASSES[label]
             ElementTree.SubElement(item, "difficult").text = "0"
             bounds = ElementTree.SubElement(item, "bndbox")
             # VOC counts pixels from 1 and includes the last; readers subtract 1 from every bound.
-            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (v + 1 for v in box)):
+            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (v + 1 for v in box), strict=True):
                 ElementTree.SubElement(bounds, key).text = str(value)
         yield f"JPEGImages/{name}.jpg", _png(scene.image)
         yield f"SegmentationClass/{name}.png", _palette_png(scene.label_map)
@@ -114,7 +116,11 @@ def _cityscapes(split: str, count: int, size: int, seed: int) -> Files:
         yield f"gtFine/{split}/mini/{name}_gtFine_labelTrainIds.png", _png(scene.label_map)
 
 
-FORMATS: dict[str, Callable[[str, int, int, int], Files]] = {"coco": _coco, "voc": _voc, "cityscapes": _cityscapes}
+FORMATS: dict[str, Callable[[str, int, int, int], Files]] = {
+    "coco": _coco,
+    "voc": _voc,
+    "cityscapes": _cityscapes,
+}
 
 
 def _complete(tree: Path, description: dict[str, Any]) -> bool:
@@ -177,11 +183,13 @@ def write_tree(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
                     digests[name] = hashlib.sha256(content).hexdigest()
-                (building / MARKER).write_text(json.dumps({"description": description, "files": digests}), "utf-8")
+                (building / MARKER).write_text(
+                    json.dumps({"description": description, "files": digests}), "utf-8"
+                )
                 building.chmod(0o755)
                 if tree.exists():
                     shutil.rmtree(tree)
-                os.replace(building, tree)
+                building.replace(tree)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     except OSError as error:

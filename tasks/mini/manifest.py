@@ -86,14 +86,15 @@ def save_half(state: Mapping[str, Tensor], path: Path) -> None:
         if value.is_floating_point() and not torch.isfinite(half[key]).all():
             raise WeightsError(f"{path.name}: weight {key} does not fit half precision")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
+    temporary = Path(name)
     try:
         save_file(half, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_float(path: Path) -> dict[str, Tensor]:
@@ -107,7 +108,9 @@ def load_float(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged ({error}); rebuild with `python -m bench zoo build {path.stem}`") from None
+        raise WeightsError(
+            f"{path}: damaged ({error}); rebuild with `python -m bench zoo build {path.stem}`"
+        ) from None
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
@@ -152,11 +155,13 @@ def record(
         "recipe": dict(recipe),
     }
     manifest = path.parent / _MANIFEST
-    lock = Path(tempfile.gettempdir()) / f"bench-manifest-{hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]}.lock"
+    # The lock lies outside the folder, which belongs to the repository.
+    place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir()) / f"bench-manifest-{place}.lock"
     with FileLock(lock):
         known = entries(path.parent)
         known[name] = new
         temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(dict(sorted(known.items())), indent=2, default=str) + "\n", "utf-8")
-        os.replace(temporary, manifest)
+        temporary.replace(manifest)
     return new

@@ -60,7 +60,10 @@ def sign_attack(
 def accuracy(forward: Forward, images: Tensor, labels: Tensor, batch: int = 100) -> float:
     """Share of images whose largest logit is the label's."""
     with torch.no_grad():
-        right = sum(int((forward(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch)))
+        right = sum(
+            int((forward(x).argmax(1) == y).sum())
+            for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+        )
     return right / len(labels)
 
 

@@ -67,7 +67,7 @@ def recipe(
     """Register the decorated function as the recipe of ``name``; its docstring's first line is the summary."""
 
     def register(build: Build) -> Build:
-        if name in RECIPES and RECIPES[name].build.__module__ != build.__module__:  # type: ignore[attr-defined]
+        if name in RECIPES and RECIPES[name].build.__module__ != build.__module__:
             raise BenchError(f"recipe '{name}' is defined twice")
         text = summary or (build.__doc__ or name).strip().splitlines()[0]
         RECIPES[name] = Recipe(name, build, seed, dict(parameters), text)

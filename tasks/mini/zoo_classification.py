@@ -66,7 +66,9 @@ def train_classifier(
     model.eval()
 
 
-def score_classifier(model: nn.Module, split: str = "test", device: str | torch.device = "cpu") -> dict[str, float]:
+def score_classifier(
+    model: nn.Module, split: str = "test", device: str | torch.device = "cpu"
+) -> dict[str, float]:
     """Top-1 accuracy on a split: clean, and under PGD-20 and PGD-40 at eps 8/255, alpha 2/255, random start."""
     arrays, digits = data.samples(split, range(data.SPLIT_SIZES[split]))
     images, labels = to_tensor(arrays).to(device), torch.from_numpy(digits).to(device)
@@ -81,14 +83,19 @@ def score_classifier(model: nn.Module, split: str = "test", device: str | torch.
             measure.sign_attack(
                 forward, x, y, eps=8 / 255, alpha=2 / 255, steps=steps, random_start=True, seed=k
             )
-            for k, (x, y) in enumerate(zip(images.split(100), labels.split(100)))
+            for k, (x, y) in enumerate(zip(images.split(100), labels.split(100), strict=True))
         ])  # fmt: skip
         scores[f"pgd{steps}_8/255"] = measure.accuracy(forward, adv, labels)
     return scores
 
 
 def _build(
-    name: str, parameters: Mapping[str, Any], out_dir: Path, seed: int, device: str | torch.device, progress: Progress
+    name: str,
+    parameters: Mapping[str, Any],
+    out_dir: Path,
+    seed: int,
+    device: str | torch.device,
+    progress: Progress,
 ) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -47,7 +47,7 @@ def segmentation_logits(model: nn.Module, images: Tensor) -> Tensor:
 def score_segmenter(
     model: nn.Module, split: str = "test", count: int = TEST_SCENES, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """mIoU on scenes: clean, under BIM-10 (eps 8/255, alpha 2/255) and under BIM-4 (eps 0.03, alpha 0.01)."""
+    """Mean IoU on scenes: clean, under BIM-10 (eps 8/255, alpha 2/255) and under BIM-4 (eps 0.03, alpha 0.01)."""
     scenes = [data.scene(split, i) for i in range(count)]
     images = to_tensor(np.stack([s.image for s in scenes])).to(device)
     labels = torch.from_numpy(np.stack([s.label_map for s in scenes]).astype(np.int64)).to(device)
@@ -58,7 +58,7 @@ def score_segmenter(
 
     def score(attack: Mapping[str, float] | None) -> float:
         counts = torch.zeros(11, 11, dtype=torch.int64, device=device)
-        for x, y in zip(images.split(20), labels.split(20)):
+        for x, y in zip(images.split(20), labels.split(20), strict=True):
             if attack is not None:
                 x = measure.sign_attack(
                     forward, x, y, eps=attack["eps"], alpha=attack["alpha"], steps=int(attack["steps"]),
@@ -109,7 +109,11 @@ def _build(
         """Passes the loss on to ``progress``."""
 
         def after_train_iter(
-            self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
+            self,
+            runner: Any,
+            batch_idx: int,
+            data_batch: Any = None,
+            outputs: Mapping[str, Any] | None = None,
         ) -> None:
             if (runner.iter + 1) % 20 == 0 and outputs:
                 note = f"loss {float(outputs['loss']):.3f}"

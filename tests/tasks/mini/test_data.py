@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 
@@ -22,7 +23,12 @@ def digest() -> str:
             image, label = data.sample(split, index)
             total.update(image.tobytes() + bytes([label]))
             scene = data.scene(split, index)
-            for array in (scene.image, scene.label_map, scene.masks.astype(np.uint8), scene.boxes.astype("<f4")):
+            for array in (
+                scene.image,
+                scene.label_map,
+                scene.masks.astype(np.uint8),
+                scene.boxes.astype("<f4"),
+            ):
                 total.update(np.ascontiguousarray(array).tobytes())
             total.update(scene.labels.astype("<i8").tobytes())
     return total.hexdigest()
@@ -43,15 +49,17 @@ def test_sources_are_those_that_scikit_learn_loads() -> None:
 
 
 def test_items_do_not_depend_on_process_or_global_random_state() -> None:
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
     before = data.sample("train", 5)[0]
-    np.random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
     np.testing.assert_array_equal(before, data.sample("train", 5)[0])
     code = (
         "from tasks.mini import data; import hashlib;"
         "print(hashlib.sha256(data.sample('train', 5)[0].tobytes() + data.scene('val', 3).image.tobytes()).hexdigest())"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert other == hashlib.sha256(before.tobytes() + data.scene("val", 3).image.tobytes()).hexdigest()
 
 
@@ -94,7 +102,7 @@ def test_photo_regions_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
         start, stop = data.PHOTO_COLUMNS[split]
         assert columns[0, start, 0] <= reach[split][0] and reach[split][1] <= columns[0, stop - 1, 0]
     bounds = sorted(data.PHOTO_COLUMNS.values())
-    assert all(a[1] <= b[0] for a, b in zip(bounds, bounds[1:]))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(bounds))
 
 
 def test_samples_have_the_stated_form() -> None:
@@ -121,7 +129,7 @@ def test_scene_ground_truth_is_exact(split: str) -> None:
         assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
         assert scene.masks.shape == (len(scene.labels), 96, 96) and scene.boxes.dtype == np.float32
         assert not (scene.masks.sum(axis=0) > 1).any()
-        for box, mask in zip(scene.boxes.astype(int), scene.masks):
+        for box, mask in zip(scene.boxes.astype(int), scene.masks, strict=True):
             rows, columns = np.nonzero(mask)
             assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == tuple(box)
             assert mask.sum() > 150
@@ -133,7 +141,7 @@ def test_label_map_agrees_with_masks(split: str) -> None:
     for index in range(30):
         scene = data.scene(split, index)
         seen = np.zeros_like(scene.label_map, dtype=bool)
-        for label, mask in zip(scene.labels, scene.masks):
+        for label, mask in zip(scene.labels, scene.masks, strict=True):
             inside = scene.label_map[mask]
             assert set(np.unique(inside)) <= {1 + label, data.IGNORE_LABEL}
             assert (inside == 1 + label).mean() > 0.6
@@ -147,7 +155,13 @@ def test_label_map_agrees_with_masks(split: str) -> None:
         grown = digits.copy()
         for _ in range(3):
             padded = np.pad(grown, 1)
-            grown = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+            grown = (
+                padded[1:-1, 1:-1]
+                | padded[:-2, 1:-1]
+                | padded[2:, 1:-1]
+                | padded[1:-1, :-2]
+                | padded[1:-1, 2:]
+            )
         assert (ignored & ~grown).sum() <= 0.1 * ignored.sum()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -102,7 +101,9 @@ def test_mmseg_reads_the_tree(root: Path, kind: str) -> None:
 def test_rle_is_the_mask(bits: int, height: int, width: int) -> None:
     from pycocotools import mask as coco
 
-    mask = np.array([(bits >> (k % 41)) & 1 for k in range(height * width)], dtype=bool).reshape(height, width)
+    mask = np.array([(bits >> (k % 41)) & 1 for k in range(height * width)], dtype=bool).reshape(
+        height, width
+    )
     runs = layout.rle(mask)
     decoded = coco.decode(coco.frPyObjects(runs, height, width))
     np.testing.assert_array_equal(decoded.astype(bool), mask)
@@ -141,7 +142,7 @@ def test_a_killed_writer_leaves_no_tree_that_counts(tmp_path: Path) -> None:
         "data.scene = scene\n"
         "layout.write_tree(Path(sys.argv[1]), 'coco', 'test', 2)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=os.getcwd())
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "coco_test_2_96_0").exists()
     tree = layout.write_tree(tmp_path, "coco", "test", 2)

@@ -64,7 +64,9 @@ def test_recorded_attacked_score_is_near_the_weights_score() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return model((x - 0.5) / 0.25)
 
-    adv = measure.sign_attack(forward, images, labels, eps=8 / 255, alpha=2 / 255, steps=20, random_start=True)
+    adv = measure.sign_attack(
+        forward, images, labels, eps=8 / 255, alpha=2 / 255, steps=20, random_start=True
+    )
     assert (adv - images).abs().max() <= 8 / 255 + 1e-6 and 0 <= adv.min() and adv.max() <= 1
     assert measure.accuracy(forward, adv, labels) <= 0.05
 
@@ -79,7 +81,9 @@ def test_mini_vgg_is_rebuilt_to_its_score(tmp_path: Path) -> None:
     assert entry["scores"]["clean"] >= shipped["clean"] - REBUILD_TOLERANCE
     assert entry["scores"]["pgd20_8/255"] <= shipped["pgd20_8/255"] + REBUILD_TOLERANCE
     assert told[-1][0] == told[-1][1]
-    assert manifest.entries(tmp_path)["mini_vgg"]["sha256"] == manifest.sha256(tmp_path / "mini_vgg.safetensors")
+    assert manifest.entries(tmp_path)["mini_vgg"]["sha256"] == manifest.sha256(
+        tmp_path / "mini_vgg.safetensors"
+    )
 
 
 def _train_briefly(seed: int) -> dict[str, torch.Tensor]:
@@ -130,7 +134,7 @@ def test_damaged_or_exchanged_weights_are_refused(tmp_path: Path) -> None:
     manifest.record("x", scores={"clean": 1.0}, recipe={"seed": 0}, seconds=1.2, folder=tmp_path)
     assert torch.equal(manifest.load("x", tmp_path)["w"], torch.ones(3))
     manifest.save_half({"w": torch.zeros(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match="is not .* of the manifest; rebuild with"):
+    with pytest.raises(WeightsError, match=r"is not .* of the manifest; rebuild with"):
         manifest.load("x", tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"cut")
     with pytest.raises(WeightsError, match=r"x\.safetensors: damaged"):
