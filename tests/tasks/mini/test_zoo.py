@@ -11,7 +11,7 @@ import torch
 
 from bench.errors import WeightsError
 from tasks.classification import cifar_nets
-from tasks.mini import data, manifest, measure, zoo, zoo_classification
+from tasks.mini import data, manifest, measure, zoo, zoo_classification, zoo_segmentation
 
 CLASSIFIERS = ("mini_resnet", "mini_vgg", "mini_wrn")
 #: The whole zoo and one file may take this much.
@@ -162,3 +162,25 @@ def test_several_builds_may_write_the_manifest_at_once(tmp_path: Path) -> None:
         job.join(60)
     assert [job.exitcode for job in jobs] == [0] * 4
     assert sorted(manifest.entries(tmp_path)) == ["m0", "m1", "m2", "m3"]
+
+
+@pytest.mark.parametrize("name", ["mini_pspnet", "mini_deeplabv3"])
+def test_segmenters_meet_their_thresholds(name: str) -> None:
+    scores = manifest.entry(name)["scores"]
+    assert scores["clean"] >= 0.65 and scores["bim10_8/255"] <= 0.15 and scores["bim4_0.03"] < scores["clean"]
+
+
+@pytest.mark.parametrize("name", ["mini_pspnet", "mini_deeplabv3"])
+def test_recorded_segmentation_score_is_the_weights_score(name: str) -> None:
+    from tasks.mm import ops
+
+    ops.install()
+    from mmengine.config import Config
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    model = MODELS.build(Config.fromfile(zoo_segmentation.CONFIGS / f"{name}.py").model)
+    model.load_state_dict(manifest.load(name))
+    found = zoo_segmentation.score_segmenter(model, attacks=())
+    assert found["clean"] == pytest.approx(manifest.entry(name)["scores"]["clean"], abs=0.002)
