@@ -62,27 +62,30 @@ Format = Literal["markdown", "csv", "latex", "html", "parquet"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: turns user errors into one line and exit code 2."""
-    logging.basicConfig(
-        level=os.environ.get("BENCH_LOG", "WARNING").upper(), format="%(levelname)s: %(message)s"
-    )
+    root = logging.getLogger()
+    root.setLevel(os.environ.get("BENCH_LOG", "WARNING").upper())
+    if not any(isinstance(handler, _LogLines) for handler in root.handlers):
+        root.addHandler(_LogLines())
+    interrupted = "interrupted; everything finished is kept: the same command goes on from here"
     try:
-        app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False)
     except BenchError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted; everything finished is kept: the same command goes on from here", 130)
-    except (typer.Abort, EOFError):
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        fail(interrupted, 130)
     except BrokenPipeError:
         # The reader (head, less) is gone; silence the flush at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.ClickException):
+        # A wrong option or argument; which click raises it depends on typer's version.
+        if hasattr(error, "format_message"):
             fail(error.format_message(), 2)
         raise
+    if code == 130:
+        fail(interrupted, 130)
+    if isinstance(code, int) and code != 0:
+        sys.exit(code)
 
 
 class _LogLines(logging.Handler):

@@ -362,6 +362,10 @@ def load_model(target: Target, device: torch.device) -> TargetModel:
     return _load(target.model, str(device))
 
 
+#: Role -> largest batch that may fit, once a larger one did not.
+_FITS: dict[str, int] = {}
+
+
 def for_each_batch(
     target: Target,
     model: TargetModel,
@@ -377,7 +381,8 @@ def for_each_batch(
     Raises:
         BenchError: a single image does not fit.
     """
-    size = batch_size or task_instance(target.task).batch_size
+    wanted = batch_size or task_instance(target.task).batch_size
+    size = min(wanted, _FITS.get(target.role, wanted))
     index = {image_id: i for i, image_id in enumerate(target.dataset.ids())}
     start = 0
     while start < len(ids):
@@ -396,7 +401,7 @@ def for_each_batch(
                 raise
             if len(batch) == 1:
                 raise BenchError(f"out of memory with a single image ({batch.ids[0]}) on {device}") from None
-            size = len(batch) // 2
+            size = _FITS[target.role] = len(batch) // 2
         else:
             start += len(batch)
             continue

@@ -218,7 +218,9 @@ def test_two_processes_share_a_store(grid: Path, reference: dict[str, bytes]) ->
     assert files(grid.parent / "out") == reference
 
 
-def test_out_of_memory_halves_the_batch(bench: Run, grid: Path, reference: dict[str, bytes]) -> None:
+def test_out_of_memory_halves_the_batch(
+    bench: Run, grid: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = grid.parent / "small.yaml"
     profile.write_text(
         "name: toy\nroles:\n  classification: {dataset: toy_images, model: {name: toy_linear, memory: 3}}\n"
