@@ -103,7 +103,7 @@ class Segmenter(OpenMMLabModel):
 
     def _inference(self, images: Tensor) -> Tensor:
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        inputs, _ = self.preprocess(images, self.new_samples(images))
+        inputs = self.preprocess(images, self.new_samples(images))
         # Made anew on every call: sliding-window inference writes into them. Logits come at the padded size, and
         # all padding is below and to the right.
         shape = (int(inputs.shape[-2]), int(inputs.shape[-1]))

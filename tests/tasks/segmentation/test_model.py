@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.errors import DataError, GridError, WeightsError
-from bench.protocols import Geometry, Sample
-from bench.registry import DEFENSES, METRICS, MODELS, TASKS
+from bench.protocols import Batch, Geometry, Sample
+from bench.registry import DATASETS, DEFENSES, METRICS, MODELS, TASKS
+from tasks.mini import manifest
 from tasks.mm.base import build_network
 from tasks.mm.configs import load_config
 from tasks.segmentation.model import _MiniSegmenter
@@ -228,7 +229,7 @@ def test_ce_is_mmsegs_decode_loss(folder):
     made = make(folder)
     x, y = images(1), labels(1)
     sample = SegDataSample(metainfo={"img_shape": (32, 40)}, gt_sem_seg=PixelData(data=y[0][None]))
-    inputs = made.model.preprocess(x, made.model.new_samples(x))[0]
+    inputs = made.model.preprocess(x, made.model.new_samples(x))
     theirs = made.network.loss(inputs, [sample])["decode.loss_ce"]
     share = float((y[0] != 255).float().mean())
     assert float(made.model.loss(x, y, "ce")) * share == pytest.approx(float(theirs), abs=1e-5)
@@ -294,7 +295,7 @@ def test_features(folder):
     made = make(folder)
     x = images()
     features = made.model.features(x, "backbone.layer2")
-    expected = made.network.backbone(made.model.preprocess(x, made.model.new_samples(x))[0])[1]
+    expected = made.network.backbone(made.model.preprocess(x, made.model.new_samples(x)))[1]
     assert torch.allclose(features, expected, atol=1e-4)
 
 
@@ -403,6 +404,30 @@ def test_importing_the_task_imports_no_openmmlab_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- the embedded models --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["mini_pspnet", "mini_deeplabv3"])
+def test_mini_segmenters(name):
+    """The shipped weights behind the adapter reach their recorded score, whatever the batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dataset, model = DATASETS.create("mini_scenes_seg"), MODELS.create(name).load(CPU)
+    batch = Batch.of([model.prepare(dataset[i]) for i in range(30)])
+    task, miou = TASKS.create("segmentation"), METRICS.create("miou")
+    rows = [task.rows(p, t) for p, t in zip(model.predict(batch.images), batch.targets, strict=True)]
+    recorded = manifest.entry(name)["scores"]["clean"]
+    assert miou.value(miou.prepare(rows)) == pytest.approx(recorded, abs=0.1)  # thirty of two hundred scenes
+    gradients = []
+    for size in (6, 1, 4):
+        parts = []
+        for start in range(0, 6, size):
+            x = batch.images[start : start + size][:6].clone().requires_grad_(True)
+            loss = model.loss(x, batch.targets[start : start + len(x)], "ce")
+            parts.append(torch.autograd.grad(loss.sum(), x)[0])
+        gradients.append(torch.cat(parts)[:6])
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+    torch.set_num_threads(threads)
 
 
 # -- full size ------------------------------------------------------------------------------------------------------
