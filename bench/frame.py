@@ -117,7 +117,7 @@ def _base(plan: Plan, cell: Cell) -> dict[str, Any]:
         "attack_name": "" if cell.attack is None else cell.attack.name,
         "attack_params": "{}" if cell.attack is None else canonical(cell.attack.params),
         "defense_params": canonical(cell.defense.identity()),
-        "weights": str(cell.target.model.identity().get("weights_sha256", "")),
+        "weights": canonical(cell.target.model.identity()),
         "forwards": 0, "backwards": 0, "linf_max": float("nan"), "seconds": 0.0,
     }  # fmt: skip
 
@@ -191,16 +191,17 @@ def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
 
 def _worst_lines(plan: Plan, store: Store | None, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Per image, the attack that leaves the lowest score; over the attacks of one level that apply."""
-    able = [cell for cell in cells if cell.skip is None]
-    if not able:
+    skipped = [cell for cell in cells if cell.skip is not None]
+    if skipped:
+        # The attacks that remain may be the weak ones: their worst case would pass for robustness.
         return [
             {**line, "attack": WORST, "cell": ""}
-            for line in _empty(plan, cells[0], status="skip", reason=cells[0].skip or "")
+            for line in _empty(plan, skipped[0], status="skip", reason=skipped[0].skip or "")
         ]
-    first = able[0]
+    first = cells[0]
     ids: list[str] = []
     if store is not None:
-        done = [cell_record(store, cell).done() for cell in able]
+        done = [cell_record(store, cell).done() for cell in cells]
         ids = [i for i in first.target.ids if all(i in known for known in done)]
     if store is None or len(ids) < len(first.target.ids):
         return [
@@ -210,11 +211,11 @@ def _worst_lines(plan: Plan, store: Store | None, cells: Sequence[Cell]) -> list
             )
         ]
     record = cell_record(store, first)
-    key = {"ids": ids, "version": SUMMARY_VERSION, "seed": first.seed, "cells": [c.key for c in able]}
+    key = {"ids": ids, "version": SUMMARY_VERSION, "seed": first.seed, "cells": [c.key for c in cells]}
     name = "worst-" + content_key(key)[:16]
     metrics = record.note(name)
     if metrics is None:
-        rows = {cell.attack_label: load_rows(cell_record(store, cell), ids) for cell in able}
+        rows = {cell.attack_label: load_rows(cell_record(store, cell), ids) for cell in cells}
         chosen, _ = worst_case(rows)
         metrics = summarise(chosen, first.target.task, first.seed)
         record.set_note(name, metrics)
