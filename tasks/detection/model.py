@@ -63,7 +63,8 @@ class Detector(OpenMMLabModel):
 
     Loss kinds (Zhang and Wang 2019): `cls` and `loc` are the sums of the detector's classification and box losses,
     those of a region proposal network included; `cls+loc` is their sum; `mask` the mask loss; `total` everything.
-    Targets stay the ground truth. An image without ground truth has loss 0 and gradient 0: an attack leaves it clean.
+    Targets stay the ground truth. Region proposals are constants to the gradient, as mmdet detaches them. An image
+    without ground truth has loss 0 and gradient 0: an attack leaves it clean.
     """
 
     task: ClassVar[str] = "detection"

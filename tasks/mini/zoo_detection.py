@@ -157,7 +157,7 @@ def _build(
             data_batch: Any = None,
             outputs: Mapping[str, Any] | None = None,
         ) -> None:
-            if (runner.iter + 1) % 20 == 0 and outputs:
+            if ((runner.iter + 1) % 20 == 0 or runner.iter + 1 == total) and outputs:
                 progress(ahead + runner.iter + 1, ahead + total, f"loss {float(outputs['loss']):.3f}")
 
     with tempfile.TemporaryDirectory() as work_dir:

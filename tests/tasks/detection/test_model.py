@@ -63,12 +63,31 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Callable[[Detector], Detector]:
     return convert
 
 
+def hold_proposals(model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the proposals of the first call: mmdet detaches them, so their motion is no part of the gradient."""
+    head = getattr(model.network, "rpn_head", None)
+    if head is None:
+        return
+    original, kept = head.loss_and_predict, []
+
+    def held(*args: object, **kwargs: object) -> tuple[object, object]:
+        losses, proposals = original(*args, **kwargs)
+        kept.append(copy.deepcopy(proposals))
+        return losses, copy.deepcopy(kept[0])
+
+    monkeypatch.setattr(head, "loss_and_predict", held)
+
+
 def test_finite_differences(
-    model: Detector, samples: list[Sample], double: Callable[[Detector], Detector]
+    model: Detector,
+    samples: list[Sample],
+    double: Callable[[Detector], Detector],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exact = double(model)
     image, target = samples[0].image.double()[None], samples[0].target
     generator = torch.Generator().manual_seed(0)
+    hold_proposals(exact, monkeypatch)
     for kind in exact.losses:
 
         def loss(x: Tensor, kind: str = kind) -> Tensor:
