@@ -7,6 +7,7 @@ turns BGR into RGB where the config says so, normalises and pads again.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.errors import GridError, unknown
+from bench.errors import GridError, WeightsError, unknown
 from bench.protocols import Geometry, ModelSource, Sample, TargetModel
 from bench.weights import sha256_file
 from tasks.mm import ops
@@ -104,6 +105,12 @@ class OpenMMLabModel(TargetModel):
         self.num_classes = num_classes
         self.requires_grad_(False)
         self.eval()
+
+    def to(self, *args: Any, **kwargs: Any) -> OpenMMLabModel:
+        """Moves the network through mmengine's own `to`, which also tells the data preprocessor where it is."""
+        self.network.to(*args, **kwargs)
+        super().to(*args, **kwargs)
+        return self
 
     def train(self, mode: bool = True) -> OpenMMLabModel:
         """Stays in evaluation mode, whatever is asked: a target is frozen."""
@@ -200,7 +207,6 @@ class OpenMMLabSource(ModelSource):
         config: path of a config file, or short name of a packaged one.
         checkpoint: path of the weights.
         scale: (width, height) instead of the one in the test pipeline.
-        label: what the model is called in keys, independent of any path.
         weights_sha256: digest the weights must have, where it is known.
     """
 
@@ -213,17 +219,16 @@ class OpenMMLabSource(ModelSource):
 
     def identity(self) -> dict[str, Any]:
         """Config's name and digest, and the weights' SHA-256."""
-        parsed = load_config(self.package, self.config)
         return {
             "package": self.package,
-            "config": Path(find_config(self.package, self.config)).stem,
-            "config_sha256": digest(parsed),
+            "config": find_config(self.package, self.config).stem,
+            "config_sha256": self._digest,
             "weights_sha256": self._weights_digest(),
         }
 
     def input_spec(self) -> dict[str, Any]:
         """Resizing and padding of the test pipeline."""
-        return self._spec(load_config(self.package, self.config)).as_dict()
+        return self._input.as_dict()
 
     def load(self, device: torch.device) -> TargetModel:
         """The frozen model on `device`.
@@ -232,16 +237,27 @@ class OpenMMLabSource(ModelSource):
             GridError: the config is unknown or cannot be built.
             WeightsError: the checkpoint is missing, unsafe, damaged or of another model.
         """
-        parsed = load_config(self.package, self.config)
-        spec = self._spec(parsed)
-        network = build_network(self.package, parsed, f"config {self.config}")
+        network = build_network(self.package, self._parsed, f"config {self.config}")
         self._weights_digest()
         load_into(network, self.checkpoint, what=f"model of {self.config}", hint=self._hint())
-        return self.adapter(network, spec, self.classes(network)).to(device)
+        return self.adapter(network, self._input, self.classes(network)).to(device)
 
     def classes(self, network: nn.Module) -> int:
         """Number of classes the network predicts."""
         raise NotImplementedError(f"{type(self).__name__} does not know its number of classes")
+
+    # A plan asks every cell for its model's identity: the config is read once.
+    @functools.cached_property
+    def _parsed(self) -> Any:
+        return load_config(self.package, self.config)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return digest(self._parsed)
+
+    @functools.cached_property
+    def _input(self) -> InputSpec:
+        return self._spec(self._parsed)
 
     def _spec(self, parsed: Any) -> InputSpec:
         spec = input_spec(parsed, f"config {self.config}")
@@ -251,8 +267,6 @@ class OpenMMLabSource(ModelSource):
         return checkpoint_hint(self.package, self.config)
 
     def _weights_digest(self) -> str:
-        from bench.errors import WeightsError
-
         if not self.checkpoint.is_file():
             raise WeightsError(f"weights file {self.checkpoint} does not exist: {self._hint()}")
         found = sha256_file(self.checkpoint)

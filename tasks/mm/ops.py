@@ -18,13 +18,15 @@ import torch
 import torchvision
 from torch import Tensor
 
+from bench.errors import BenchError
+
 __all__ = ["MissingOperator", "backend", "install"]
 
 _NAME = "mmcv._ext"
 _AVERAGE = 1  # mmcv's code for pool_mode="avg"; 0 is "max"
 
 
-class MissingOperator(NotImplementedError):
+class MissingOperator(BenchError, NotImplementedError):
     """An operator of ``mmcv._ext`` that the torchvision stand-in does not have."""
 
 

@@ -119,7 +119,10 @@ def test_gradient_reaches_every_pixel_and_no_parameter(model: Detector, samples:
     assert not model.train().training
 
 
-def test_ascending_the_loss_increases_it(model: Detector, samples: list[Sample]) -> None:
+def test_ascending_the_loss_increases_it(
+    model: Detector, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_proposals(model, monkeypatch)
     images, targets = stacked(samples[:1])
     for kind in model.losses:
         x = images.clone().requires_grad_(True)
@@ -411,6 +414,11 @@ def test_wrong_losses_and_classes(model: Detector, samples: list[Sample]) -> Non
     other = Objects(targets[0].boxes, targets[0].labels, (96, 96), 20)
     with pytest.raises(GridError, match="predicts 10 classes, the dataset has 20"):
         model.prepare(Sample(images[0], other, "x"))
+
+
+def test_the_preprocessor_knows_where_the_network_is() -> None:
+    loaded = MODELS.create("mini_ssd").load(CPU)
+    assert loaded.to("meta").network.data_preprocessor.device == torch.device("meta")
 
 
 def test_features(model: Detector, samples: list[Sample]) -> None:
