@@ -32,7 +32,7 @@ CASES = {
     "pixel_deflection": ("pixel_deflection", {}),
     "pixel_deflection-image": ("pixel_deflection", {"deflections": 50, "sigma_units": "image"}),
     "quilting": ("quilting", {"patches": 300}),
-    "quilting-random": ("quilting", {"patches": 300, "neighbors": 10}),
+    "quilting-random": ("quilting", {"patches": 300, "neighbors": 10, "gradient": "identity"}),
     "nips_r3-ens": ("nips_r3", {}),
     "nips_r3-inc": ("nips_r3", {"transform": "inc"}),
     "nips_r3-vgg": ("nips_r3", {"transform": "vgg"}),

@@ -163,6 +163,38 @@ def test_default_database_is_the_embedded_training_split():
     assert defense(torch.rand(1, 3, 12, 12)).shape == (1, 3, 12, 12)
 
 
+def test_surrogate_of_one_patch_is_a_weighted_mean_and_moves_along_the_patches_it_averages():
+    """Its derivative is 2 / scale times the weighted covariance of the patches."""
+    defense = DEFENSES.create("quilting", {"patches": 16})
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand(16, 75, generator=generator, dtype=torch.float64)
+    defense.database = patches
+    x = torch.rand(1, 3, 5, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    cotangent = torch.randn(75, generator=generator, dtype=torch.float64)
+    out = defense.surrogate(x)
+    (grad,) = torch.autograd.grad(out, x, cotangent.view(1, 3, 5, 5))
+    distance = ((x.detach().flatten() - patches) ** 2).sum(1)
+    scale = 0.1 * distance.mean()
+    weight = torch.exp(-(distance - distance.min()) / scale)
+    weight /= weight.sum()
+    mean = weight @ patches
+    covariance = (patches - mean).T @ ((patches - mean) * weight[:, None])
+    assert torch.allclose(out.flatten(), mean)
+    assert torch.allclose(grad.flatten(), 2 / scale * covariance @ cotangent)
+
+
+def test_surrogate_is_near_the_quilt(pictures, photos):
+    images = photos(2, 20, 17)
+    defense = create()
+    quilt = defense(images)
+    assert (defense.surrogate(images) - quilt).abs().mean() < 0.5 * (quilt - images).abs().mean() + 0.02
+    x = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(defense.surrogate(x).square().sum(), x)
+    assert torch.isfinite(grad).all() and (grad != 0).float().mean() > 0.9
+    plain = create(gradient="identity")
+    assert torch.equal(plain.surrogate(images), images)
+
+
 def test_bad_input_is_one_line(pictures):
     for params, message in (
         ({"size": 1}, "size must be in 2..10"),
