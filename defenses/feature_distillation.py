@@ -39,6 +39,7 @@ class FeatureDistillation(Defense):
     """
 
     differentiable = False
+    steps: Tensor
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class FeatureDistillation(Defense):
         return self._compress(images, _jpeg.cubic_round if self.gradient == "cubic" else _jpeg.straight_round)
 
     def _compress(self, images: Tensor, quantise: _jpeg.Rounding) -> Tensor:
-        steps = self.steps
+        steps = self.steps.to(images.device)
 
         def squeeze(coefficients: Tensor) -> Tensor:
             # Grey levels are integers, so many coefficients are at ties: cut off what the arithmetic left on them,

@@ -23,8 +23,9 @@ class Jpeg(Defense):
     The codec has no gradient. The surrogate is a JPEG of our own that follows libjpeg step by step (colour conversion,
     chroma subsampling, 8x8 DCT, standard tables scaled by quality, inverse DCT, smooth chroma upsampling). By
     `gradient` its quantisation is `cubic`: round(x) + (x - round(x))^3, whose derivative 3 (x - round(x))^2 is that
-    of Shin and Song (NIPS workshop 2017), or `straight_through`: round(x) with derivative 1. All other roundings and
-    clamps pass gradients straight through.
+    of Shin and Song (NIPS workshop 2017), or `straight_through`: round(x) with derivative 1, by which most of the
+    pipeline cancels out. `cubic` makes the far stronger attack, the more so the lower the quality. All other
+    roundings and clamps pass gradients straight through.
 
     Limitations: broken by BPDA (Athalye, Carlini, Wagner 2018) and by differentiable JPEG (Shin and Song 2017).
 

@@ -113,6 +113,8 @@ class EDSR(nn.Module):
     Parameter names are those of EDSR-PyTorch, without its fixed shifts by the mean colour (`sub_mean`, `add_mean`).
     """
 
+    mean: Tensor
+
     def __init__(self, width: int = 64, blocks: int = 16, res_scale: float = 1.0) -> None:
         super().__init__()
         self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
