@@ -57,7 +57,7 @@ IMAGE_SIZE = 32
 SCENE_SIZE = 96
 #: Digit contrast in 1/255 (the one knob of each kind, tuned on undefended models with the validation split).
 CONTRAST = 120
-SCENE_CONTRAST = 120
+SCENE_CONTRAST = 96
 #: Contrast of the photographs in percent of their own, around mid grey, so that a digit stands out on any of them.
 PHOTO_CONTRAST = 70
 #: Ink (0..255) from which a pixel belongs to the digit's instance mask.

@@ -13,7 +13,7 @@ import pytest
 from tasks.mini import data
 
 # Digest of a few items. It changes only when the data do: then raise data.VERSION and retrain the zoo.
-GOLDEN = "92574143c83c25f14eff9935806e2789bb6af456fcc761bd2d324ded1bf41db7"
+GOLDEN = "96f64971a91462e8f8ff7047f88c430a44ea7213fbadfd1e01c2957483cd1307"
 
 
 def digest() -> str:
