@@ -42,7 +42,7 @@ class Detection(Task):
             masks = match(prediction, target, "mask")
         objects = sum(entry["n"] for entry in boxes)
         if objects:
-            score = average_precision(_gather([boxes]), thresholds=1)
+            score = average_precision(_gather([boxes], 1), np.ones((1, 1)))[0]
         else:
             score = 1.0 - max((s for entry in boxes for s, g in zip(entry["s"], entry["g"], strict=True) if not g & 1),
                               default=0.0)  # fmt: skip
@@ -50,77 +50,138 @@ class Detection(Task):
 
 
 @dataclass(frozen=True)
-class _Class:
-    """One class over all images; detections in order of falling score.
+class _Curves:
+    """The precision-recall curves of a set of images: one for each class and IoU threshold, laid end to end.
+
+    Only what moves a curve is kept: true and false positives in order of falling score, up to a curve's last true
+    positive (behind it recall stands still and precision only falls).
 
     Attributes:
-        image: (D,) index of each detection's image.
-        true, false: (T, D) whether it is a true or false positive at each IoU threshold; neither when ignored.
-        count: (n_images,) objects of the class.
+        image: (E,) index of each detection's image.
+        true: (E,) whether it is a true positive; a false one otherwise.
+        at: (M,) places of the true positives in `image`.
+        start: (M,) where the curve of each true positive starts in `image`.
+        curve, slot: (M,) the curve of each true positive, and its place among that curve's.
+        class_of: (P,) class, as a row of `count`, of each curve.
+        count: (K, n_images) objects of each class that has any.
     """
 
     image: np.ndarray
     true: np.ndarray
-    false: np.ndarray
+    at: np.ndarray
+    start: np.ndarray
+    curve: np.ndarray
+    slot: np.ndarray
+    class_of: np.ndarray
     count: np.ndarray
 
 
-def _gather(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[_Class]:
-    """All images' matches by class; classes without any object are left out, as COCO leaves them out of its mean."""
+def _gather(rows: Sequence[Sequence[Mapping[str, Any]]], thresholds: int) -> _Curves:
+    """All images' matches as curves of the first `thresholds` IoU thresholds.
+
+    Classes without any object are left out, as COCO leaves them out of its mean.
+    """
     by_class: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     for index, entries in enumerate(rows):
         for entry in entries:
             by_class.setdefault(entry["c"], []).append((index, entry))
-    bits = (1 << np.arange(len(THRESHOLDS)))[:, None]
-    result = []
+    counts: list[np.ndarray] = []
+    images, trues, ats, starts, curves, slots, class_of = ([] for _ in range(7))  # type: ignore[var-annotated]
+    length = 0
     for label in sorted(by_class):
-        entries_of = by_class[label]
         count = np.zeros(len(rows))
-        for index, entry in entries_of:
+        for index, entry in by_class[label]:
             count[index] = entry["n"]
         if not count.any():
             continue
-        image = np.concatenate([np.full(len(entry["s"]), index) for index, entry in entries_of]).astype(
-            np.int64
-        )
+        image = np.concatenate([np.full(len(entry["s"]), index) for index, entry in by_class[label]])
         scores, matched, ignored = (
-            np.concatenate([np.asarray(entry[key], dtype=kind) for _, entry in entries_of])
+            np.concatenate([np.asarray(entry[key], dtype=kind) for _, entry in by_class[label]])
             for key, kind in (("s", np.float64), ("m", np.int64), ("g", np.int64))
         )
         order = np.argsort(-scores, kind="mergesort")
-        hit, out = (matched[order] & bits) != 0, (ignored[order] & bits) != 0
-        result.append(_Class(image[order], hit & ~out, ~hit & ~out, count))
-    return result
+        image, matched, ignored = image[order].astype(np.int64), matched[order], ignored[order]
+        for t in range(thresholds):
+            counted = (ignored >> t) & 1 == 0
+            true = ((matched >> t) & 1 == 1)[counted]
+            at = np.flatnonzero(true)
+            end = int(at[-1]) + 1 if len(at) else 0
+            images.append(image[counted][:end])
+            trues.append(true[:end])
+            ats.append(at + length)
+            starts.append(np.full(len(at), length))
+            curves.append(np.full(len(at), len(class_of)))
+            slots.append(np.arange(len(at)))
+            class_of.append(len(counts))
+            length += end
+        counts.append(count)
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    return _Curves(
+        joined(images),
+        joined(trues).astype(bool),
+        joined(ats),
+        joined(starts),
+        joined(curves),
+        joined(slots),
+        np.array(class_of, dtype=np.int64),
+        np.array(counts).reshape(-1, len(rows)),
+    )
 
 
-def average_precision(
-    classes: Sequence[_Class], *, thresholds: int = len(THRESHOLDS), weights: np.ndarray | None = None
-) -> float:
-    """Mean over classes and the first `thresholds` IoU thresholds of the 101-point interpolated average precision.
+#: Numbers held at once while many samples are computed.
+_CHUNK = 1 << 22
 
-    The same sums as COCOeval.accumulate. `weights` counts how often each image is in the sample; a repeated detection
-    moves along the precision-recall curve without adding a recall level of its own, so weighting equals repeating.
+
+def average_precision(curves: _Curves, weights: np.ndarray) -> np.ndarray:
+    """Mean over curves of the 101-point interpolated average precision, for many samples of the images.
+
+    The same sums as COCOeval.accumulate. A repeated detection moves along the precision-recall curve without adding a
+    recall level of its own, so weighting an image equals repeating it.
+
+    Args:
+        curves: the images' curves.
+        weights: (S, n_images) how often each image is in each sample.
 
     Returns:
-        A value in [0,1], or NaN when no class has an object.
+        (S,) values in [0,1]; NaN for samples in which no class has an object.
     """
-    values = []
-    for item in classes:
-        weight = np.ones(len(item.count)) if weights is None else np.asarray(weights, dtype=np.float64)
-        objects = float(weight @ item.count)
-        if objects == 0:
-            continue
-        each = weight[item.image]
-        for t in range(thresholds):
-            true = np.cumsum(item.true[t] * each)
-            false = np.cumsum(item.false[t] * each)
-            recall = true / objects
-            precision = true / (false + true + np.spacing(1))
-            # The highest precision at this recall or beyond.
-            envelope = np.maximum.accumulate(precision[::-1])[::-1]
-            at = np.searchsorted(recall, _RECALLS, side="left")
-            values.append(float(np.mean(np.append(envelope, 0.0)[at])))
-    return float(np.mean(values)) if values else float("nan")
+    weights = np.asarray(weights, dtype=np.float64)
+    longest = int(curves.slot.max()) + 1 if len(curves.slot) else 0
+    size = max(1, len(curves.image), len(curves.class_of) * longest)
+    step = max(1, _CHUNK // size)
+    parts = [_average_precision(curves, weights[i : i + step], longest) for i in range(0, len(weights), step)]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _average_precision(curves: _Curves, weights: np.ndarray, longest: int) -> np.ndarray:
+    samples, total = len(weights), len(curves.class_of)
+    objects = (weights @ curves.count.T)[:, curves.class_of]  # (S, P)
+    valid = objects > 0
+    each = weights[:, curves.image]
+    # Running sums over all curves, with a zero in front; a curve's own sums are differences to its start.
+    true, every = (np.zeros((samples, len(curves.image) + 1)) for _ in range(2))
+    np.cumsum(each * curves.true, axis=1, out=true[:, 1:])
+    np.cumsum(each, axis=1, out=every[:, 1:])
+    hits = true[:, curves.at + 1] - true[:, curves.start]
+    seen = every[:, curves.at + 1] - every[:, curves.start]
+    precision = np.zeros((samples, total, longest))
+    precision[:, curves.curve, curves.slot] = hits / (seen + np.spacing(1))
+    # The highest precision at this recall or beyond.
+    envelope = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
+    recall = hits / np.where(valid, objects, 1.0)[:, curves.curve]
+    levels = np.searchsorted(_RECALLS, recall, side="right")  # recall levels reached at each true positive
+    new = levels - np.where(curves.slot > 0, np.roll(levels, 1, axis=1), 0)
+    gained = np.zeros((samples, total, longest))
+    gained[:, curves.curve, curves.slot] = new
+    values = (envelope * gained).sum(axis=2) / len(_RECALLS)
+    with np.errstate(invalid="ignore"):
+        mean: np.ndarray = np.where(valid, values, 0.0).sum(axis=1) / np.where(
+            valid.any(1), valid.sum(1), np.nan
+        )
+    return mean
 
 
 class _MAP(Metric):
@@ -130,16 +191,23 @@ class _MAP(Metric):
     kind: ClassVar[str]
     thresholds: ClassVar[int]
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[_Class] | None:
-        """Matches gathered by class; None when an image has none of this kind."""
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> _Curves | None:
+        """Precision-recall curves; None when an image has no matches of this kind."""
         found = [row[self.kind] for row in rows]
-        return None if any(entries is None for entries in found) else _gather(found)
+        return None if any(entries is None for entries in found) else _gather(found, self.thresholds)
 
     def value(self, prepared: Any, weights: np.ndarray | None = None) -> float:
         """The metric in [0,1]; NaN without objects, or without masks where masks are judged."""
         if prepared is None:
             return float("nan")
-        return average_precision(prepared, thresholds=self.thresholds, weights=weights)
+        once = np.ones(prepared.count.shape[1]) if weights is None else np.asarray(weights)
+        return float(average_precision(prepared, once[None])[0])
+
+    def values(self, prepared: Any, weights: np.ndarray) -> np.ndarray:
+        """`value` for each row of `weights` (S, n_images), in one go: (S,)."""
+        if prepared is None:
+            return np.full(len(weights), np.nan)
+        return average_precision(prepared, weights)
 
 
 @METRICS.register_module(name="box_map50")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bench.registry import METRICS, TASKS
+from tasks.detection import task
 from tasks.detection.objects import Detections, Objects, match, warp_masks
 from tasks.detection.task import Detection
 
@@ -144,6 +146,26 @@ def test_weights_equal_repeats(seed: int) -> None:
             repeated = [rows[i] for i in np.sort(drawn)]
             assert abs(metric.value(prepared, weights) - metric.value(metric.prepare(repeated))) < 1e-12
         assert metric.value(prepared, np.ones(len(rows))) == metric.value(prepared)
+
+
+def test_many_samples_at_once_and_fast(
+    images: list[tuple[Detections, Objects]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    rows = rows_of(images)
+    for name in Detection.metrics:
+        metric = METRICS.create(name)
+        prepared = metric.prepare(rows)
+        weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=1000)
+        weights[0] = 0
+        begun = time.process_time()
+        values = metric.values(prepared, weights)
+        assert time.process_time() - begun < 2.0  # a bootstrap must not cost more than the attack
+        assert math.isnan(values[0])
+        assert values[1:20].tolist() == [metric.value(prepared, w) for w in weights[1:20]]
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "_CHUNK", 5000)
+            assert np.array_equal(metric.values(prepared, weights), values, equal_nan=True)
 
 
 def test_more_than_a_hundred_detections_of_a_class() -> None:
