@@ -158,7 +158,7 @@ def _build(
             outputs: Mapping[str, Any] | None = None,
         ) -> None:
             if ((runner.iter + 1) % 20 == 0 or runner.iter + 1 == total) and outputs:
-                progress(ahead + runner.iter + 1, ahead + total, f"loss {float(outputs['loss']):.3f}")
+                progress(ahead + runner.iter + 1, ahead + total, f"loss {outputs['loss'].item():.3f}")
 
     with tempfile.TemporaryDirectory() as work_dir:
         runner = Runner(
