@@ -1,7 +1,7 @@
 """The command line: `python -m bench COMMAND`.
 
-A user's mistake is one line on stderr and exit code 2; a cell that failed makes `run` exit with 1; Ctrl-C exits with
-130 and says how to go on.
+A user's mistake is one line on stderr and exit code 2, also when it shows only in some cells (the others still run). A
+bug is exit code 1, its traceback in the store's failures.log. Ctrl-C is exit code 130 and says how to go on.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def run(
     jobs, cached = pending(plan, opened)
     skipped = sum(cell.skip is not None for cell in plan.cells)
     environment()
-    with Display(err, jobs, {c.key: c.label for c in plan.cells}, plan, quiet=quiet) as display:
+    with Display(
+        err, jobs, {c.key: c.label for c in plan.cells}, plan, quiet, store / "failures.log"
+    ) as display:
         display.say(
             f"{plan.grid.name} on profile {plan.profile}: {len(plan.cells)} cells, {cached} cached, {skipped} skipped, "
             f"{sum(j.kind == 'craft' for j in jobs)} crafts and {sum(j.kind == 'cell' for j in jobs)} cells to run"
@@ -180,7 +182,7 @@ def run(
     err.print(f"wrote {escape(str(written))}")
     if display.errors:
         _print_failures(display.errors, display.labels)
-        raise typer.Exit(1)
+        raise typer.Exit(1 if display.bugs else 2)
 
 
 def _print_failures(errors: dict[str, str], labels: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,10 +37,17 @@ class Display:
         jobs: what will run.
         labels: cell key -> label; a craft is named after the cells it serves.
         quiet: only warnings and failures.
+        log: file that gets the tracebacks of unexpected failures.
     """
 
     def __init__(
-        self, console: Console, jobs: Sequence[Job], labels: Mapping[str, str], plan: Any, quiet: bool = False
+        self,
+        console: Console,
+        jobs: Sequence[Job],
+        labels: Mapping[str, str],
+        plan: Any,
+        quiet: bool = False,
+        log: Path | None = None,
     ) -> None:
         self.console = console
         self.quiet = quiet
@@ -50,6 +58,8 @@ class Display:
                 self.labels.setdefault(cell.craft.key, f"craft {cell.label}")
         self.errors: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
+        self.bugs = 0
+        self.log = log
         self._part: dict[str, float] = dict.fromkeys(self.jobs, 0.0)
         self._began = time.monotonic()
         self._last_line = self._began
@@ -117,8 +127,23 @@ class Display:
 
     def _on_failed(self, event: Event) -> None:
         self.errors[event.key] = event.text
+        if not event.is_user_error:
+            self.bugs += 1
+        if event.traceback:
+            self._keep(event)
         self.warn(f"{self.labels.get(event.key, event.key[:12])}: {event.text}")
         self._end(event)
+
+    def _keep(self, event: Event) -> None:
+        if self.log is None:
+            return
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"{self.labels.get(event.key, event.key)}\n{event.traceback}\n")
+        except OSError:
+            return
+        self.warn(f"the traceback is in {self.log}")
 
     def _end(self, event: Event) -> None:
         if event.key in self._part:

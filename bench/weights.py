@@ -30,7 +30,7 @@ from bench.errors import WeightsError
 __all__ = ["Inert", "Weights", "apply_state", "load_state", "save_safetensors", "sha256_file"]
 
 #: Entries that hold the network in the dictionaries people save, in order of preference.
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights", "params_ema", "params")
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights", "params_ema", "params", "last")
 _META = "meta"  # the entry of a safetensors header that holds `Weights.meta` as JSON
 
 #: Whatever the bytes of a damaged pickle make of the unpickler.

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,18 @@ from bench.store import Store
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "tests" / "plugins"
 
-GRID = {
+BLOCK: dict[str, Any] = {
+    "roles": ["classification"],
+    "defenses": ["none", "random", "jpeg", "chain"],
+    "attacks": ["pgd", "fgsm", "noise"],
+    "threats": [
+        "oblivious",
+        {"level": "transfer", "sources": ["source"]},
+        {"level": "bpda", "eot": 2},
+        "white_box",
+    ],
+}
+GRID: dict[str, Any] = {
     "name": "toy",
     "profile": str(PLUGINS / "toy_profile.yaml"),
     "plugins": [str(PLUGINS / "toy.py")],
@@ -32,16 +44,7 @@ GRID = {
         "noise": {"name": "noise", "eps": "16/255"},
     },
     "defenses": {"random": {"name": "noise", "eps": "8/255"}, "chain": ["bit_depth", "random"]},
-    "blocks": [
-        {
-            "roles": ["classification"],
-            "defenses": ["none", "random", "jpeg", "chain"],
-            "attacks": ["pgd", "fgsm", "noise"],
-            "threats": [
-                "oblivious", {"level": "transfer", "sources": ["source"]}, {"level": "bpda", "eot": 2}, "white_box",
-            ],
-        }
-    ],
+    "blocks": [BLOCK],
     "tables": [{"name": "main", "rows": ["defense"], "columns": ["level_label", "attack"], "metric": "accuracy"}],
 }  # fmt: skip
 
@@ -252,7 +255,7 @@ def test_a_failing_cell_does_not_stop_the_others(bench: Run, grid: Path) -> None
     code, out, err = bench(
         "run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile)
     )
-    assert code == 1 and "toy.pth: no such file; put it there" in err and "err" in out
+    assert code == 2 and "toy.pth: no such file; put it there" in err and "err" in out
     assert "Traceback" not in err
     store = Store(grid.parent / "s")
     plan = make_plan(Options(grid, profile=str(profile)))
@@ -261,6 +264,23 @@ def test_a_failing_cell_does_not_stop_the_others(bench: Run, grid: Path) -> None
     assert failed <= left and left <= failed | {
         c.craft.key for c in plan.cells if c.key in failed and c.craft
     }
+
+
+def test_a_bug_is_exit_1_and_keeps_its_traceback(bench: Run, grid: Path) -> None:
+    (grid.parent / "buggy.py").write_text(
+        "from bench.protocols import Defense\nfrom bench.registry import DEFENSES\n"
+        '@DEFENSES.register_module(name="buggy")\nclass Buggy(Defense):\n'
+        "    def forward(self, images): return images[None].nonsense\n"
+    )
+    spec = {
+        **GRID,
+        "plugins": [*GRID["plugins"], "buggy.py"],
+        "blocks": [{**BLOCK, "defenses": ["buggy", "none"]}],
+    }
+    grid.write_text(yaml.safe_dump(spec))
+    code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o")
+    assert code == 1 and "AttributeError" in err and "Traceback" not in err and "none" in out
+    assert "Traceback" in (grid.parent / "s" / "failures.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -277,20 +297,20 @@ def test_bad_images_are_named(bench: Run, grid: Path, poison: str, message: str)
         "  source: {dataset: toy_images, model: toy_linear}\n"
     )
     code, _, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o", "--profile", str(profile))
-    assert code == 1 and message in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": [{**GRID["blocks"][0], "roles": ["clasification"]}]}, "did you mean 'classification'?"),  # type: ignore[index]
-        ({"blocks": [{**GRID["blocks"][0], "attacks": ["pdg"]}]}, "unknown attack 'pdg': did you mean 'pgd'?"),  # type: ignore[index]
-        ({"blocks": [{**GRID["blocks"][0], "defenses": ["jpg"]}]}, "unknown defense 'jpg': did you mean 'jpeg'?"),  # type: ignore[index]
-        ({"blocks": [{**GRID["blocks"][0], "defenses": [[]]}]}, "expected at least one defense"),  # type: ignore[index]
+        ({"blocks": [{**BLOCK, "roles": ["clasification"]}]}, "did you mean 'classification'?"),
+        ({"blocks": [{**BLOCK, "attacks": ["pdg"]}]}, "unknown attack 'pdg': did you mean 'pgd'?"),
+        ({"blocks": [{**BLOCK, "defenses": ["jpg"]}]}, "unknown defense 'jpg': did you mean 'jpeg'?"),
+        ({"blocks": [{**BLOCK, "defenses": [[]]}]}, "expected at least one defense"),
         ({"attacks": {"pgd": {"name": "pgd", "eps": 8}}}, "did you mean 8/255?"),
         ({"attacks": {"pgd": {"name": "pgd", "eps": "8/255", "steps": 0}}}, "steps"),
         ({"attacks": {"pgd": {"name": "pgd", "eps": "8/255", "stps": 3}}}, "did you mean 'steps'?"),
-        ({"attacks": {"pgd": {"name": "bim", "eps": "8/255", "loss": "loc"}}}, "loss"),
+        ({"attacks": {"pgd": {"name": "bim", "loss": "loc"}}}, "unknown loss of task classification 'loc'"),
         ({"images": {"classification": 13}}, "13 images asked for classification, dataset toy_images has 12"),
         ({"images": {"clasification": 3}}, "did you mean 'classification'?"),
         ({"plugins": ["absent.py"]}, "does not exist"),
