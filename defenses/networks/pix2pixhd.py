@@ -1,6 +1,7 @@
 """GlobalGenerator and multi-scale discriminator of pix2pixHD (Wang et al., CVPR 2018), used by the alignment defense.
 
-Instance norm has neither parameters nor running statistics, so training and evaluation do not differ.
+The generator's parameter names are those of pix2pixHD. Instance norm has neither parameters nor running statistics, so
+training and evaluation do not differ.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from defenses.networks.padding import padded
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
+        self.conv_block = nn.Sequential(
             nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU(inplace=True),
             nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return x + self.conv_block(x)
 
 
 class GlobalGenerator(nn.Module):
