@@ -79,21 +79,22 @@ def test_company_does_not_matter(defense, photos, streams):
 
 
 def test_white_box_gradient_is_the_true_one(defense, photos, streams):
-    images = photos(2, 24, 24) * 0.8 + 0.1
+    defense.double()
+    images = photos(2, 24, 24).double() * 0.8 + 0.1
     x = images.clone().requires_grad_()
     weight = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 
     def value(pixels):
         rng = (streams(2),) if defense.stochastic else ()
-        return (defense(pixels, *rng).double() * weight).sum()
+        return (defense(pixels, *rng) * weight).sum()
 
     (grad,) = torch.autograd.grad(value(x), x)
     assert torch.isfinite(grad).all() and (grad != 0).float().mean() > 0.5
-    # Along the gradient the value grows at the rate the gradient says; ReLUs make it inexact.
-    step = 2e-3 * grad / grad.norm()
+    # Along the gradient the value grows at the rate the gradient says.
+    step = 1e-6 * grad / grad.norm()
     with torch.no_grad():
         rise = (value(images + step) - value(images - step)) / 2
-    assert float(rise) == pytest.approx(2e-3 * float(grad.norm()), rel=0.1)
+    assert float(rise) == pytest.approx(1e-6 * float(grad.norm()), rel=1e-2)
 
 
 def test_bpda_has_exact_values_and_the_identity_gradient(defense, photos, streams):
@@ -254,7 +255,7 @@ def test_half_precision_checkpoints(tmp_path, files, photos):
     half = DEFENSES.create("cafd", {"weights": str(path)})
     assert all(p.dtype == torch.float32 for p in half.parameters())
     images = photos(1, 16, 16)
-    assert torch.allclose(half(images), defense(images), atol=5e-3)
+    assert torch.allclose(half(images), defense(images), atol=3e-2)
 
 
 def test_shipped_checkpoints_go_by_their_name(files, tmp_path, monkeypatch):
