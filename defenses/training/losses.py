@@ -36,7 +36,7 @@ def rmse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def l2_norm(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over images of the Euclidean norm of the difference (||.||_2 as the papers print it); finite gradient at 0."""
+    """Mean over images of ||a - b||_2, the norm the papers print; its gradient is finite at 0."""
     return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt().mean()
 
 
@@ -158,7 +158,7 @@ def centres(features: Tensor, labels: Tensor) -> dict[int, Tensor]:
 
 
 def class_align(clean: Tensor, restored: Tensor, labels: Tensor) -> Tensor:
-    """Sum over classes present of |m_c^k - m_a^k|: centres of clean and of restored features, mean absolute distance."""
+    """Sum over classes present of |m_c^k - m_a^k|, centres of clean and of restored features (mean absolute)."""
     a, b = centres(clean, labels), centres(restored, labels)
     return _sum([l1(a[k], b[k]) for k in a], restored)
 
