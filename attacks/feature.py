@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.iterative import Iterative, Steps, _Climb
-from attacks.objectives import Loss
+from attacks.objectives import BoundLoss, Loss
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels, TargetModel, Warped
 from bench.registry import ATTACKS
+from tasks.heads import final_linear, last_convolution, last_maps
 
 
 class FeatureDistance(Loss):
@@ -54,14 +55,15 @@ class FeatureDistance(Loss):
 class ClassActivationDistance(Loss):
     """Distance of class activation features Phi = F * w_c from those of the clean image, (B,).
 
-    F are the maps of the last convolution, w_c the row of the last linear layer for the class the victim predicts,
+    F are the victim's last feature maps, w_c the row of the last linear layer for the class the victim predicts,
     for clean and current image separately.
 
     Args:
         mode: `paper`: Euclidean norm. `code`: ReLU, minus minimum, over maximum, bilinear to 32x32, mean square; the
             code takes minimum and maximum over the batch, here they are each image's own (the same for a batch of
             one), since no image may depend on its company.
-        layer: the maps; None = the last convolution with as many channels as the linear layer has inputs.
+        layer: the maps; None = those that are pooled for the linear layer (the paper's class activation maps),
+            `convolution` = the last convolution's output, before norm and ReLU (the code's, for a VGG).
     """
 
     name = "class activation distance"
@@ -72,6 +74,17 @@ class ClassActivationDistance(Loss):
 
     def __init__(self, mode: Literal["paper", "code"], layer: str | None) -> None:
         self.mode, self.layer = mode, layer
+
+    def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
+        """The objective, with its layer found in the victim."""
+        model = _model(oracle)
+        found = self.layer
+        if found is None:
+            found = last_maps(model, images)
+        elif found == "convolution":
+            found = last_convolution(model)
+        named = ClassActivationDistance(self.mode, found)
+        return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
         """Class activation features of the clean images."""
@@ -87,7 +100,8 @@ class ClassActivationDistance(Loss):
         return gap.square().mean(1) if self.mode == "code" else (gap.square().sum(1) + 1e-12).sqrt()
 
     def _phi(self, oracle: Oracle, images: Tensor) -> Tensor:
-        linear, layer = _head(oracle, self.layer)
+        linear, layer = final_linear(_model(oracle)), self.layer
+        assert layer is not None
         with torch.no_grad():
             rows = linear.weight[oracle.logits(images).argmax(1)]
         maps = oracle.features(images, layer)
@@ -105,32 +119,18 @@ class ClassActivationDistance(Loss):
         return F.interpolate(phi, size=(32, 32), mode="bilinear", align_corners=False)
 
 
-def _head(oracle: Oracle, layer: str | None) -> tuple[nn.Linear, str]:
-    """The victim's last linear layer and the layer of maps it weighs.
+def _model(oracle: Oracle) -> TargetModel:
+    """The network behind the oracle.
+
+    Features are white-box access, but the oracle has no call of its own for the weights that turn them into classes.
 
     Raises:
-        NotApplicable: the victim does not end in a linear layer over convolutions.
+        NotApplicable: this oracle does not show it.
     """
-    # Features are white-box access; the oracle has no call of its own for the weights that turn them into classes.
     victim = getattr(oracle, "victim", None)
-    model: TargetModel | None = None if victim is None else victim.models[0]
-    network = getattr(model, "network", getattr(model, "net", model))
-    linears = [m for m in network.modules() if isinstance(m, nn.Linear)] if network is not None else []
-    if network is None or not linears or linears[-1].out_features != oracle.num_classes:
-        raise NotApplicable(
-            "class activation features need a victim that ends in a linear layer with one output per class"
-        )
-    if layer is None:
-        channels = linears[-1].in_features
-        names = [
-            n for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels == channels
-        ]
-        if not names:
-            raise NotApplicable(
-                f"no convolution of the victim has the {channels} channels its linear layer takes"
-            )
-        layer = names[-1]
-    return linears[-1], layer
+    if victim is None:
+        raise NotApplicable("class activation features need the victim's last linear layer")
+    return cast("TargetModel", victim.models[0])
 
 
 class _Feature(Iterative):
@@ -171,7 +171,8 @@ class CAFA(_Feature):
         alpha: step size.
         steps: number of steps.
         start: `uniform` in the ball, `normal` noise of standard deviation eps, or `sign` noise of eps / 2.
-        layer: feature maps of the victim; None = its last convolution, before norm and ReLU, as the code.
+        layer: feature maps of the victim; None = those that are pooled for its linear layer, `convolution` = its last
+            convolution before norm and ReLU, as the code has it for a VGG.
     """
 
     def __init__(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import WeightsError
+from bench.errors import NotApplicable, WeightsError
 from bench.protocols import ImageRNG, TargetModel
+from tasks import heads
+
+Found = TypeVar("Found")
 
 
 class Guide:
@@ -59,30 +62,28 @@ class Guide:
         Raises:
             WeightsError: the target does not end in one, so it has no class activation features.
         """
-        found = [m for m in self.target.modules() if isinstance(m, nn.Linear)]
-        if not found or found[-1].out_features != self.num_classes:
-            raise WeightsError(
-                f"class activation features need a target that ends in a linear layer with one output per class "
-                f"({self.num_classes}); {type(getattr(self.target, 'network', self.target)).__name__} has none"
-            )
-        return found[-1]
+        return _refused(lambda: heads.final_linear(self.target))
 
-    def last_convolution(self) -> str:
-        """Name of the last convolution whose maps the final linear layer weighs.
+    def layer(self, name: str | None, images: Tensor) -> str:
+        """The layer meant by `name`: None = the maps pooled for the linear layer, `convolution` = the last convolution.
+
+        Args:
+            name: as recipes say it.
+            images: of the size the target will see, (B, 3, H, W).
 
         Raises:
-            WeightsError: there is none.
+            WeightsError: the target has no such layer.
         """
-        channels = self.linear().in_features
-        network = getattr(self.target, "network", self.target)
-        names = [
-            n for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels == channels
-        ]
-        if not names:
-            raise WeightsError(
-                f"no convolution of {type(network).__name__} has the {channels} channels its last linear layer takes"
-            )
-        return names[-1]
+        if name is None:
+            return _refused(lambda: heads.last_maps(self.target, images))
+        return _refused(lambda: heads.last_convolution(self.target)) if name == "convolution" else name
+
+
+def _refused(ask: Callable[[], Found]) -> Found:
+    try:
+        return ask()
+    except NotApplicable as error:
+        raise WeightsError(error.reason) from None
 
 
 @contextmanager

@@ -103,8 +103,8 @@ class Trainer:
             raise PluginError(f"recipe of {recipe.defense}: its loss needs a target model, none was given")
         if self.objective.adversarial and recipe.critic is None:
             raise PluginError(f"recipe of {recipe.defense}: its loss needs a discriminator ('critic')")
-        self.objective.check(self.guide)
         first = samples[0].image
+        self.objective.check(self.guide, first[None].to(self.device))
         size = (int(first.shape[-2]), int(first.shape[-1]))
         network, critic = recipe.build(size, 0 if target is None else target.num_classes)
         self.network = network.to(self.device).train()

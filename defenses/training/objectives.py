@@ -81,8 +81,16 @@ class Objective(ABC):
         """Purified images the discriminator is shown, in [0,1]."""
         return (step.purify(step.adversarial),)
 
-    def check(self, guide: Guide | None) -> None:
-        """Raise a BenchError when the target lacks what the losses need, before anything is computed."""
+    def check(self, guide: Guide | None, images: Tensor) -> None:
+        """Find what the losses need in the target, before anything is computed.
+
+        Args:
+            guide: the target.
+            images: some training images.
+
+        Raises:
+            BenchError: it is not there.
+        """
         return
 
 
@@ -92,7 +100,7 @@ class HGDObjective(Objective):
     Args:
         guide: `pixels` (PGD-denoiser), `features` (FGD: the topmost feature map), `logits` (LGD) or `labels` (CGD:
             cross-entropy).
-        layer: the topmost feature map, for `features`; None = the last convolution.
+        layer: the topmost feature map, for `features`; None = the maps pooled for the linear layer.
     """
 
     def __init__(
@@ -104,9 +112,9 @@ class HGDObjective(Objective):
         self.guide, self.layer = guide, layer
         self.guided, self.labelled = guide != "pixels", guide == "labels"
 
-    def check(self, guide: Guide | None) -> None:
-        if self.guide == "features" and self.layer is None and guide is not None:
-            self.layer = guide.last_convolution()
+    def check(self, guide: Guide | None, images: Tensor) -> None:
+        if self.guide == "features" and guide is not None:
+            self.layer = guide.layer(self.layer, images)
 
     def generator(self, step: Step) -> Terms:
         purified = step.purify(step.adversarial)
@@ -131,8 +139,9 @@ class CAFDObjective(Objective):
         gan: weight of the adversarial term; 0 leaves it out.
         pixels: weight of the pixels' mean squared error: 1 with `caf: 0` is the ablation MSED.
         kind: `ragan` (code) or `relativistic` (paper).
-        layer: the feature maps; None = the last convolution, as the code (the paper's maps are those that the linear
-            layer sees).
+        layer: the feature maps; None = those that are pooled for the linear layer (the paper's class activation maps),
+            `convolution` = the last convolution's output, before norm and ReLU: the code's, for a VGG. In a residual
+            network that is one branch of a sum, which says little.
     """
 
     def __init__(
@@ -154,10 +163,10 @@ class CAFDObjective(Objective):
         self.rows = rows if rows is not None else (1e-3 if form == "code" else caf)
         self.adversarial, self.guided = gan > 0, caf > 0
 
-    def check(self, guide: Guide | None) -> None:
+    def check(self, guide: Guide | None, images: Tensor) -> None:
         if guide is not None and self.guided:
             guide.linear()
-            self.layer = self.layer or guide.last_convolution()
+            self.layer = guide.layer(self.layer, images)
 
     def generator(self, step: Step) -> Terms:
         purified = step.purify(step.adversarial)
@@ -171,7 +180,8 @@ class CAFDObjective(Objective):
         return terms
 
     def _caf(self, step: Step, purified: Tensor) -> Terms:
-        guide, layer = step.target, self.layer or step.target.last_convolution()
+        guide = step.target
+        layer = guide.layer(self.layer, step.clean)
         weight = guide.linear().weight
         with torch.no_grad():
             clean = guide.features(step.clean, layer)
@@ -195,7 +205,8 @@ class NRPObjective(Objective):
     """NRP (section 3.2): features of one network, pixels and a relativistic average discriminator; no labels.
 
     Args:
-        layer: the feature layer (conv3_3 of VGG16 in the paper); None = the last convolution.
+        layer: the feature layer (conv3_3 of VGG16 in the paper: `features.15` in torchvision); None = the maps pooled
+            for the linear layer.
         feat, img, gan: weights lambda, gamma and alpha; 0 leaves a term out.
         kind: `ragan`, `relativistic` (the formula as printed) or `vanilla` (ablation).
         image_distance: `norm` (||.||_2 of each image, as printed) or `mse`.
@@ -216,15 +227,15 @@ class NRPObjective(Objective):
         self.image = losses.l2_norm if image_distance == "norm" else losses.mse
         self.guided, self.adversarial = feat > 0, gan > 0
 
-    def check(self, guide: Guide | None) -> None:
+    def check(self, guide: Guide | None, images: Tensor) -> None:
         if guide is not None and self.guided:
-            self.layer = self.layer or guide.last_convolution()
+            self.layer = guide.layer(self.layer, images)
 
     def generator(self, step: Step) -> Terms:
         purified = step.purify(step.adversarial)
         terms: Terms = {}
         if self.feat > 0:
-            layer = self.layer or step.target.last_convolution()
+            layer = step.target.layer(self.layer, step.clean)
             with torch.no_grad():
                 wanted = step.target.features(step.clean, layer)
             terms["features"] = self.feat * losses.l1(step.target.features(purified, layer), wanted)

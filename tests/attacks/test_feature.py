@@ -56,7 +56,7 @@ def oracle(attack, target, rng: ImageRNG) -> ModelOracle:
 def distance(attack, target, clean: Tensor, moved: Tensor) -> Tensor:
     view = oracle(attack, target, ImageRNG(range(len(clean))))
     with torch.no_grad():
-        return attack.loss(view, moved, (), attack.loss.reference(view, clean))
+        return attack.loss.bind(view, clean, (), False)(view, moved)
 
 
 def test_moves_and_increases_its_distance(attack, target, images):
@@ -118,7 +118,7 @@ def test_class_activation_distance_by_hand(target, images):
         return F.interpolate(p[None], size=32, mode="bilinear")[0]
 
     with torch.no_grad():
-        paper = ClassActivationDistance("paper", None)
+        paper = ClassActivationDistance("paper", "conv")
         got = paper(view, moved, (), paper.reference(view, images))
         assert torch.allclose(got, (phi(moved) - phi(images)).flatten(1).norm(dim=1), rtol=1e-4)
         code = ClassActivationDistance("code", "conv")

@@ -35,7 +35,9 @@ def checkpoint(folder, case: str, **meta):
     network = purifier(name, args).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0  # real statistics after one batch; of 0 and 1 the signal dies out on its way
+            module.momentum = (
+                1.0  # real statistics after one batch; of 0 and 1 the signal dies out on its way
+            )
     with torch.no_grad():
         network(torch.rand(4, 3, 32, 32))
     path = folder / f"{case}.safetensors"
