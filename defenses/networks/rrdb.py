@@ -68,7 +68,7 @@ class _Residual(nn.Module):
             # A tenth of the usual scale: without normalisation deep stacks start close to the identity.
             nn.init.kaiming_normal_(conv.weight)
             conv.weight.data.mul_(0.1)
-            nn.init.zeros_(conv.bias)
+            conv.bias.data.zero_()  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(x)))
