@@ -25,6 +25,8 @@ class FPD(Defense):
     """
 
     trained = True
+    # A task nobody has: the plan skips every cell before anything is made for it.
+    tasks = frozenset({"nothing (FPD has no public code)"})
 
     def check_input(self, size: tuple[int, int]) -> None:
         """Raises NotApplicable, always."""

@@ -271,6 +271,7 @@ def test_shipped_checkpoints_go_by_their_name(files, tmp_path, monkeypatch):
 def test_fpd_is_listed_and_unavailable(photos):
     assert "fpd" in DEFENSES
     defense = DEFENSES.create("fpd")
+    assert defense.tasks is not None and not defense.tasks & {"classification", "segmentation", "detection"}
     for run in (lambda: defense.check_input((32, 32)), lambda: defense.purify(photos(1, 8, 8))):
         with pytest.raises(NotApplicable, match="no public code"):
             run()
