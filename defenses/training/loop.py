@@ -307,7 +307,9 @@ class Trainer:
     # -- optimiser and state ------------------------------------------------------------------------------------------
     def _adam(self, module: nn.Module) -> torch.optim.Adam:
         r = self.recipe
-        return torch.optim.Adam(module.parameters(), r.lr, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay)
+        return torch.optim.Adam(
+            module.parameters(), r.lr, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay
+        )
 
     def _prepare_epoch(self, epoch: int, index: int) -> None:
         if index == 0 and epoch > 0 and self.recipe.reset_moments:
