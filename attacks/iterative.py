@@ -239,7 +239,7 @@ class Iterative(Attack):
     def _climb(self, climb: _Climb, best: _Best) -> None:
         """One run from one start for the images of `climb`; what it finds goes to `best`."""
         projection: Projection = make_projection(self.projection_norm, climb.clean, self._eps)
-        x = projection(start(self.start, self._start_scale, self.projection_norm, climb.clean, climb.rng))
+        x = projection(self._begin(climb))
         bound = self.loss.bind(climb.oracle, climb.clean, climb.targets, self.target is not None)
         memory: list[Tensor | None] = [None] * len(self.transforms)
         for step in range(self.steps):
@@ -264,6 +264,10 @@ class Iterative(Attack):
             best.offer(climb.index, x, climb.oracle.gradient(x, bound).value, fooled)
         else:
             best.settle(climb.index, x)
+
+    def _begin(self, climb: _Climb) -> Tensor:
+        """Where the first step starts from, before it is projected."""
+        return start(self.start, self._start_scale, self.projection_norm, climb.clean, climb.rng)
 
     def _gradient(self, climb: _Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient of the objective at `x`, through one draw of input diversity."""

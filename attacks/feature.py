@@ -1,0 +1,247 @@
+"""Attacks on features: CAFA (class activation features) and SSP (self-supervised perturbation).
+
+Both increase a distance to the clean image's own features and use no labels. That distance has its minimum, with a zero
+gradient, at the clean image: the loop as the papers print it never moves, so both start at random and refuse not to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attacks.iterative import Iterative, Steps, _Climb
+from attacks.objectives import BoundLoss, Loss
+from bench.errors import NotApplicable
+from bench.protocols import Attack, ImageRNG, Oracle, Pixels, TargetModel, Warped
+from bench.registry import ATTACKS
+from tasks.heads import final_linear, last_convolution, last_maps
+
+
+class FeatureDistance(Loss):
+    """Distance of the activations of one layer from those of the clean image, (B,).
+
+    Args:
+        layer: module of the victim's network.
+        distance: `mse` or `mae`, means over an image's activations.
+    """
+
+    name = "feature distance"
+    needs = frozenset({"features"})
+    targeted = False
+    flat_at_clean = True
+
+    def __init__(self, layer: str, distance: Literal["mse", "mae"]) -> None:
+        self.layer, self.distance = layer, distance
+
+    def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """Activations at the clean images."""
+        with torch.no_grad():
+            return oracle.features(images, self.layer)
+
+    def __call__(
+        self, oracle: Oracle, images: Tensor | Warped, targets: Sequence[Any], reference: Tensor | None
+    ) -> Tensor:
+        """Distances (B,)."""
+        assert reference is not None and isinstance(images, Tensor)
+        gap = (oracle.features(images, self.layer) - reference).flatten(1)
+        return gap.square().mean(1) if self.distance == "mse" else gap.abs().mean(1)
+
+
+class ClassActivationDistance(Loss):
+    """Distance of class activation features Phi = F * w_c from those of the clean image, (B,).
+
+    F are the victim's last feature maps, w_c the row of the last linear layer for the class the victim predicts,
+    for clean and current image separately.
+
+    Args:
+        mode: `paper`: Euclidean norm. `code`: ReLU, minus minimum, over maximum, bilinear to 32x32, mean square; the
+            code takes minimum and maximum over the batch, here they are each image's own (the same for a batch of
+            one), since no image may depend on its company.
+        layer: the maps; None = those that are pooled for the linear layer (the paper's class activation maps),
+            `convolution` = the last convolution's output, before norm and ReLU (the code's, for a VGG).
+    """
+
+    name = "class activation distance"
+    needs = frozenset({"features", "logits"})
+    tasks = frozenset({"classification"})
+    targeted = False
+    flat_at_clean = True
+
+    def __init__(self, mode: Literal["paper", "code"], layer: str | None) -> None:
+        self.mode, self.layer = mode, layer
+
+    def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
+        """The objective, with its layer found in the victim."""
+        model = _model(oracle)
+        found = self.layer
+        if found is None:
+            found = last_maps(model, images)
+        elif found == "convolution":
+            found = last_convolution(model)
+        named = ClassActivationDistance(self.mode, found)
+        return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
+
+    def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """Class activation features of the clean images."""
+        with torch.no_grad():
+            return self._phi(oracle, images)
+
+    def __call__(
+        self, oracle: Oracle, images: Tensor | Warped, targets: Sequence[Any], reference: Tensor | None
+    ) -> Tensor:
+        """Distances (B,)."""
+        assert reference is not None and isinstance(images, Tensor)
+        gap = (self._phi(oracle, images) - reference).flatten(1)
+        return gap.square().mean(1) if self.mode == "code" else (gap.square().sum(1) + 1e-12).sqrt()
+
+    def _phi(self, oracle: Oracle, images: Tensor) -> Tensor:
+        linear, layer = final_linear(_model(oracle)), self.layer
+        assert layer is not None
+        with torch.no_grad():
+            rows = linear.weight[oracle.logits(images).argmax(1)]
+        maps = oracle.features(images, layer)
+        if maps.ndim != 4 or maps.shape[1] != rows.shape[1]:
+            raise NotApplicable(
+                f"class activation features need maps with the {rows.shape[1]} channels that the last linear layer "
+                f"takes; layer '{layer}' returns {tuple(maps.shape[1:])}"
+            )
+        phi = maps * rows[:, :, None, None]
+        if self.mode == "paper":
+            return phi
+        phi = F.relu(phi)
+        phi = phi - phi.amin((1, 2, 3), keepdim=True)
+        phi = phi / phi.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+        return F.interpolate(phi, size=(32, 32), mode="bilinear", align_corners=False)
+
+
+def _model(oracle: Oracle) -> TargetModel:
+    """The network behind the oracle.
+
+    Features are white-box access, but the oracle has no call of its own for the weights that turn them into classes.
+
+    Raises:
+        NotApplicable: this oracle does not show it.
+    """
+    victim = getattr(oracle, "victim", None)
+    if victim is None:
+        raise NotApplicable("class activation features need the victim's last linear layer")
+    return cast("TargetModel", victim.models[0])
+
+
+class _Feature(Iterative):
+    """The loop with a distance of features in place of a loss."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        eps: Fraction,
+        alpha: Fraction,
+        steps: int,
+        start: Literal["uniform", "normal", "sign"],
+    ) -> None:
+        if start not in ("uniform", "normal", "sign"):
+            raise ValueError(
+                f"start: '{start}' would never move: the gradient at the clean image is zero; "
+                "expected uniform, normal or sign"
+            )
+        # At 0.001, the default of `normal`, the gradient would be lost in rounding.
+        scale = eps if start == "normal" else None
+        super().__init__(eps=eps, alpha=alpha, steps=steps, start=start, start_scale=scale)
+        self.loss = loss
+        self.needs = frozenset({"gradient", *loss.needs})
+        self.tasks = loss.tasks
+
+
+@ATTACKS.register_module(name="cafa")
+class CAFA(_Feature):
+    """Class activation feature attack, the training adversary of CAFD (Zhou et al., ICCV 2021, section 3.2).
+
+    x' = P(x' + alpha * sign grad D(Phi_x, Phi_x')), Phi the class activation features. As printed the attack starts at
+    x, where D and its gradient are zero, and never moves; the code starts uniformly in the ball, as here. Steps and
+    step size are the code's; the main text gives none.
+
+    Args:
+        mode: `code` or `paper`: how the distance D is taken (`ClassActivationDistance`).
+        eps: radius in [0,1] pixel units.
+        alpha: step size.
+        steps: number of steps.
+        start: `uniform` in the ball, `normal` noise of standard deviation eps, or `sign` noise of eps / 2.
+        layer: feature maps of the victim; None = those that are pooled for its linear layer, `convolution` = its last
+            convolution before norm and ReLU, as the code has it for a VGG.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["code", "paper"] = "code",
+        eps: Pixels = Fraction(8, 255),
+        alpha: Pixels = Fraction(1, 100),
+        steps: Steps = 100,
+        start: str = "uniform",
+        layer: str | None = None,
+    ) -> None:
+        super().__init__(ClassActivationDistance(mode, layer), eps, alpha, steps, start)  # type: ignore[arg-type]
+
+
+@ATTACKS.register_module(name="ssp")
+class SSP(_Feature):
+    """Self-supervised perturbation, the training adversary of NRP (Naseer et al., CVPR 2020, algorithm 1).
+
+    x' = P(x' + alpha * sign grad D(F(x), F(x'))), F the features of one layer; the paper's are conv3_3 of VGG16, which
+    is `features.15` with its ReLU in torchvision, and no feature of the model that is attacked in the end. `paper`:
+    mean absolute differences from x plus noise. `code`: mean squares, from a picture of pure N(0, 1) noise that the
+    first projection turns into a random corner of the ball. Unlike algorithm 1, images stay in [0,1].
+
+    Args:
+        layer: of the victim's network.
+        mode: `code` or `paper`.
+        eps: radius in [0,1] pixel units.
+        alpha: step size (the code's; the paper gives none).
+        steps: number of steps (the code's).
+        start: noise added in mode `paper`: `uniform` in the ball, `normal` with standard deviation eps, `sign`.
+    """
+
+    def __init__(
+        self,
+        layer: str = "features.15",
+        mode: Literal["code", "paper"] = "code",
+        eps: Pixels = Fraction(16, 255),
+        alpha: Pixels = Fraction(1, 100),
+        steps: Steps = 100,
+        start: str = "uniform",
+    ) -> None:
+        distance = FeatureDistance(layer, "mse" if mode == "code" else "mae")
+        super().__init__(distance, eps, alpha, steps, start)  # type: ignore[arg-type]
+        self.mode = mode
+
+    def _begin(self, climb: _Climb) -> Tensor:
+        if self.mode == "paper":
+            return super()._begin(climb)
+        return climb.rng.normal(climb.clean.shape[1:], climb.clean.device)
+
+
+@ATTACKS.register_module(name="gaussian_noise")
+class GaussianNoise(Attack):
+    """Gaussian noise, clipped to [0,1]: what the ablation GNP of NRP trains against; no budget.
+
+    Args:
+        sigma: standard deviation in [0,1] pixel units; the paper gives none.
+    """
+
+    needs = frozenset()
+    norm = None
+    stochastic = True
+
+    def __init__(self, sigma: Pixels = Fraction(16, 255)) -> None:
+        self.sigma = float(sigma)
+
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Noisy images, (B, 3, H, W)."""
+        return (images + self.sigma * rng.normal(images.shape[1:], images.device)).clamp(0, 1)
+
+    def passes(self) -> int:
+        return 0

@@ -1,0 +1,137 @@
+"""What all learned defenses share: weights by path, value ranges, and images in groups of a fixed size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.errors import WeightsError
+from bench.protocols import Defense
+from bench.weights import load_state
+from defenses.networks.build import fitting
+from tasks.microbatch import default_size, micro_batches
+
+Space = Literal["unit", "symmetric", "imagenet"]
+
+SHIPPED = Path(__file__).parent / "weights"
+
+_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "unit": ((0.0,) * 3, (1.0,) * 3),
+    "symmetric": ((0.5,) * 3, (0.5,) * 3),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def mean_std(space: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (1, 3, 1, 1) each, that lead from [0,1] to `space`.
+
+    `unit` is [0,1] itself, `symmetric` is [-1,1], `imagenet` has the channel statistics of ImageNet.
+    """
+    mean, std = _MEAN_STD[space]
+    return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+
+
+class Learned(Defense):
+    """A network in front of the target. Without weights it can be listed and described, but not run or keyed.
+
+    Every image goes through the network in groups of a fixed size (`tasks.microbatch`), so that its result does not
+    depend on its batch.
+
+    Args:
+        weights: checkpoint; a bare name is also looked for among the shipped ones. None = none yet.
+        space: value range the network works in; None = what the checkpoint says, or `default_space`.
+
+    Attributes:
+        networks: names of the networks (`defenses.networks.build`) it can run.
+        source: where weights come from, for messages.
+        kind: name for messages.
+        meta: what the checkpoint says about itself: recipe, scores.
+
+    Raises:
+        WeightsError: the checkpoint is missing, unsafe, damaged or of another network or value range.
+    """
+
+    trained = True
+    networks: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]
+    default_space: ClassVar[Space] = "unit"
+    source: ClassVar[str] = ""
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, weights: Path | None, space: Space | None = None) -> None:
+        super().__init__()
+        self.network: torch.nn.Module | None = None
+        self.sha256 = ""
+        self.meta: dict[str, Any] = {}
+        recorded = None
+        if weights is not None:
+            path = find(weights)
+            loaded = load_state(path, hint=self._how())
+            self.network = fitting(loaded, path, self.networks, self.kind)
+            self.sha256, self.meta = loaded.sha256, loaded.meta
+            recorded = loaded.meta.get("space")
+            if recorded is not None and recorded not in _MEAN_STD:
+                raise WeightsError(f"weights file {path} was trained in an unknown value range '{recorded}'")
+            if None not in (space, recorded) and space != recorded:
+                raise WeightsError(
+                    f"weights file {path} was trained in value range '{recorded}', but space is '{space}'"
+                )
+        self.space: str = space or recorded or self.default_space
+        mean, std = mean_std(self.space)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    @property
+    def ready(self) -> bool:
+        """It has weights."""
+        return self.network is not None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Purified images, (B, 3, H, W) in [0,1] to about [0,1]; any size.
+
+        Raises:
+            WeightsError: there are no weights.
+        """
+        return micro_batches(self.purified, images, self.group(images.device))
+
+    def purified(self, images: Tensor) -> Tensor:
+        """The network's output for one group of images, [0,1] to about [0,1]."""
+        network = self._network()
+        return network((images - self.mean) / self.std) * self.std + self.mean
+
+    def group(self, device: torch.device) -> int:
+        """Images per call of the network."""
+        return default_size(device)
+
+    def identity(self) -> dict[str, Any]:
+        """Name and parameters, with the digest of the weights in place of their path.
+
+        Raises:
+            WeightsError: there are no weights.
+        """
+        self._network()
+        params = {key: value for key, value in self.params.items() if key != "weights"}
+        return {"name": self.name, "params": params, "version": self.version, "weights": self.sha256}
+
+    def _network(self) -> torch.nn.Module:
+        if self.network is None:
+            raise WeightsError(f"defense '{self.kind}' has no weights (parameter 'weights'): {self._how()}")
+        return self.network
+
+    def _how(self) -> str:
+        own = f"python -m bench train --defense {self.kind} --task TASK --profile PROFILE makes them"
+        return f"{self.source}; {own}" if self.source else own
+
+
+def find(weights: Path) -> Path:
+    """The file meant by `weights`: the path itself, or a shipped checkpoint of this name."""
+    path = weights.expanduser()
+    if not path.exists() and path.name == str(path):
+        for shipped in (SHIPPED / path.name, SHIPPED / f"{path.name}.safetensors"):
+            if shipped.is_file():
+                return shipped
+    return path

@@ -1,0 +1,401 @@
+"""The one training loop: deterministic by seed, resumable at any step, stops when it diverges.
+
+Everything random is a function of (seed, epoch, step, image id), so a resumed run needs no generator states: it goes
+on with the same orders, attacks and flips, and ends with the same weights as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import BenchError, DataError, PluginError, WeightsError
+from bench.protocols import Batch, Sample, TargetModel
+from bench.rng import derive_seed
+from bench.weights import apply_state, load_state, save_safetensors
+from defenses._learned import mean_std
+from defenses.training.adversary import Adversary
+from defenses.training.guide import Guide, whole_batches
+from defenses.training.objectives import Step, objective
+from defenses.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class TrainingDiverged(BenchError):
+    """A loss term or a gradient is not finite; the message names the step, the term and the last good state."""
+
+
+class Samples(Protocol):
+    """Training images: a list of samples, or a dataset that makes them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+Progress = Callable[[int, int, str], None]
+Scalars = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass
+class History:
+    """Mean of every loss term in every epoch."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+    def last(self) -> str:
+        """The newest epoch in a few words."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in (self.epochs or [{}])[-1].items())
+
+
+class Trainer:
+    """Trains a purifier after a recipe.
+
+    Args:
+        recipe: what to do.
+        samples: training images of one size, already prepared for the target.
+        adversary: makes their adversarial counterparts.
+        target: the frozen model behind the losses; None when the recipe needs none.
+        key: `Recipe.key`; part of the state, so that a state of another recipe is never resumed.
+        state: file that holds everything needed to go on; it is replaced as a whole. None = not resumable.
+        save_every: steps between states; the end of an epoch always saves.
+        device: where the networks run.
+        precision: `float32`, or `bfloat16` for the forward passes (autocast).
+
+    Raises:
+        BenchError: the recipe does not fit the data or the target, or the state belongs to another recipe.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        samples: Samples,
+        adversary: Adversary,
+        target: TargetModel | None,
+        *,
+        key: str,
+        state: Path | None = None,
+        save_every: int | None = None,
+        device: torch.device | str = "cpu",
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        if len(samples) < 1:
+            raise DataError(f"recipe of {recipe.defense}: there are no training images")
+        self.recipe, self.samples, self.adversary, self.key = recipe, samples, adversary, key
+        self.state_file, self.save_every = state, save_every
+        self.device, self.precision = torch.device(device), precision
+        self.objective = objective(recipe.objective, dict(recipe.objective_args))
+        self.guide = None if target is None else Guide(target)
+        if self.objective.guided and self.guide is None:
+            raise PluginError(f"recipe of {recipe.defense}: its loss needs a target model, none was given")
+        if self.objective.adversarial and recipe.critic is None:
+            raise PluginError(f"recipe of {recipe.defense}: its loss needs a discriminator ('critic')")
+        first = samples[0].image
+        self.objective.check(self.guide, first[None].to(self.device))
+        size = (int(first.shape[-2]), int(first.shape[-1]))
+        network, critic = recipe.build(size, 0 if target is None else target.num_classes)
+        self.network = network.to(self.device).train()
+        self.critic = (
+            critic.to(self.device).train() if critic is not None and self.objective.adversarial else None
+        )
+        self.mean, self.std = (x.to(self.device) for x in mean_std(recipe.space))
+        self.optimizers = {"network": self._adam(self.network)}
+        if self.critic is not None:
+            self.optimizers["critic"] = self._adam(self.critic)
+        # A last batch of one image has no batch statistics worth the name; it is left out, but for tiny data.
+        self.per_epoch = max(len(samples) // recipe.batch, 1)
+        self.total = self.per_epoch * recipe.epochs
+        self.step = 0
+        self.history = History()
+        self._sums: dict[str, float] = {}
+        self._order: tuple[int, list[int]] = (-1, [])
+        self.saved_step = 0
+        if state is not None and state.exists():
+            self._resume(state)
+
+    # -- what callers use -------------------------------------------------------------------------------------------
+    def run(
+        self, progress: Progress | None = None, until: int | None = None, scalars: Scalars | None = None
+    ) -> History:
+        """Train to the end, or to step `until`.
+
+        Args:
+            progress: called after every step with (steps done, steps in all, note).
+            until: stop after this many steps; the state is saved.
+            scalars: called after every step with (steps done, weighted loss terms).
+
+        Raises:
+            TrainingDiverged: a loss term or gradient is not finite; the last good state stays on disk.
+        """
+        end = self.total if until is None else min(until, self.total)
+        target = None if self.guide is None else self.guide.target
+        cache = None
+        if self.state_file is not None:
+            cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
+        with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
+            if self.step < end:
+                self.adversary.prepare(self._in_order(), cache, self.key)
+            while self.step < end:
+                epoch, index = divmod(self.step, self.per_epoch)
+                self._prepare_epoch(epoch, index)
+                terms = self._train_step(epoch, index)
+                for name, value in terms.items():
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+                self.step += 1
+                if scalars is not None:
+                    scalars(self.step, terms)
+                if self.step % self.per_epoch == 0:
+                    self.history.epochs.append({n: v / self.per_epoch for n, v in self._sums.items()})
+                    self._sums = {}
+                    self.save()
+                elif self.save_every and self.step % self.save_every == 0:
+                    self.save()
+                if progress is not None:
+                    progress(self.step, self.total, self.history.last())
+        if self.step != self.saved_step:
+            self.save()
+        return self.history
+
+    def write(self, path: Path, *, half: bool = True, meta: dict[str, Any] | None = None) -> str:
+        """Write the purifier as a checkpoint a defense reads; half precision unless told otherwise.
+
+        Args:
+            path: safetensors file.
+            half: store matrices and filters as float16.
+            meta: more facts: scores, the command, the payload of the key.
+
+        Returns:
+            SHA-256 of the file.
+        """
+        facts = {
+            **(meta or {}),
+            "defense": self.recipe.defense,
+            "network": {"name": self.recipe.network, "args": dict(self.recipe.network_args)},
+            "space": self.recipe.space,
+            "key": self.key,
+            "steps": self.step,
+            "losses": self.history.epochs[-1] if self.history.epochs else {},
+        }
+        return save_safetensors(path, self.network.state_dict(), meta=facts, half=half)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+    def _train_step(self, epoch: int, index: int) -> dict[str, float]:
+        batch = self._batch(epoch, index)
+        adversarial = self.adversary(batch, (self.recipe.seed, epoch))
+        adversarial = self._mix(batch, adversarial)
+        clean, adversarial, targets = self._flip(batch, adversarial)
+        step = Step(
+            clean, adversarial, targets, self._purify, self._inner, self.guide, self.critic,
+            derive_seed(self.recipe.seed, self.step),
+        )  # fmt: skip
+        values: dict[str, float] = {}
+        if self.objective.critic_first:
+            values.update(self._update_critic(step))
+        for _ in range(self.objective.generator_steps):
+            values.update(self._update_network(step))
+        if not self.objective.critic_first:
+            values.update(self._update_critic(step))
+        return values
+
+    def _update_network(self, step: Step) -> dict[str, float]:
+        if self.critic is not None:
+            self.critic.requires_grad_(False)
+        try:
+            with self._autocast():
+                terms = self.objective.generator(step)
+            return self._descend("network", self.network, terms)
+        finally:
+            if self.critic is not None:
+                self.critic.requires_grad_(True)
+
+    def _update_critic(self, step: Step) -> dict[str, float]:
+        if self.critic is None:
+            return {}
+        with torch.no_grad(), self._autocast():
+            purified = self.objective.fakes(step)
+        with self._autocast():
+            terms = self.objective.critic(step, [x.detach() for x in purified])
+        return self._descend("critic", self.critic, terms)
+
+    def _descend(self, name: str, module: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
+        values = {term: float(value.detach()) for term, value in terms.items()}
+        for term, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(f"loss term '{term}' is {value}")
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.stack([value.float() for value in terms.values()]).sum()
+        if not total.requires_grad:
+            raise PluginError(f"recipe of {self.recipe.defense}: none of its loss terms trains the {name}")
+        total.backward()
+        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        if not norms or not torch.isfinite(torch.stack(norms)).all():
+            largest = max(values, key=lambda term: abs(values[term]))
+            self._diverged(
+                f"the gradient of the {name} is not finite; "
+                f"its largest loss term is '{largest}' = {values[largest]:.4g}"
+            )
+        optimizer.step()
+        return values
+
+    def _diverged(self, what: str) -> None:
+        epoch = self.step // self.per_epoch
+        kept = "no state was saved before it"
+        if self.state_file is not None and self.saved_step:
+            kept = f"the last good state, after step {self.saved_step}, is in {self.state_file}"
+        raise TrainingDiverged(
+            f"training of {self.recipe.defense} diverged at step {self.step + 1} (epoch {epoch + 1}): {what}; {kept}"
+        )
+
+    def _purify(self, images: Tensor) -> Tensor:
+        return self.network(self._inner(images)) * self.std + self.mean
+
+    def _inner(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def _autocast(self) -> Any:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    # -- data -------------------------------------------------------------------------------------------------------
+    def _batch(self, epoch: int, index: int) -> Batch:
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("order", self.recipe.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+        size = self.recipe.batch
+        chosen = [self.samples[i] for i in self._order[1][index * size : (index + 1) * size]]
+        if len({tuple(s.image.shape) for s in chosen}) > 1:
+            raise DataError(
+                f"recipe of {self.recipe.defense}: training images differ in size; they must be equal"
+            )
+        return Batch.of(chosen).to(self.device)
+
+    def _in_order(self) -> Iterator[Batch]:
+        for first in range(0, len(self.samples), self.recipe.batch):
+            chosen = range(first, min(first + self.recipe.batch, len(self.samples)))
+            yield Batch.of([self.samples[i] for i in chosen]).to(self.device)
+
+    def _mix(self, batch: Batch, adversarial: Tensor) -> Tensor:
+        """Some images stay clean, where the recipe says so."""
+        count = round(self.recipe.clean_share * len(batch))
+        return torch.cat([batch.images[:count], adversarial[count:]]) if count else adversarial
+
+    def _flip(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor, Sequence[Any]]:
+        if not self.recipe.flip:
+            return batch.images, adversarial, batch.targets
+        if not all(isinstance(t, int) for t in batch.targets):
+            raise PluginError(f"recipe of {self.recipe.defense}: flips are for classification")
+        draws = [derive_seed("flip", self.recipe.seed, self.step, name) % 2 == 1 for name in batch.ids]
+        turned = torch.tensor(draws, device=self.device).view(-1, 1, 1, 1)
+        clean = torch.where(turned, batch.images.flip(3), batch.images)
+        return clean, torch.where(turned, adversarial.flip(3), adversarial), batch.targets
+
+    # -- optimiser and state ------------------------------------------------------------------------------------------
+    def _adam(self, module: nn.Module) -> torch.optim.Adam:
+        r = self.recipe
+        return torch.optim.Adam(
+            module.parameters(), r.lr, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay
+        )
+
+    def _prepare_epoch(self, epoch: int, index: int) -> None:
+        if index == 0 and epoch > 0 and self.recipe.reset_moments:
+            self.optimizers = {"network": self._adam(self.network)}
+            if self.critic is not None:
+                self.optimizers["critic"] = self._adam(self.critic)
+        rate = self.recipe.learning_rate(epoch, index / self.per_epoch)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def save(self) -> None:
+        """Write the state: weights, moments, position, history. All of the file or nothing."""
+        self.saved_step = self.step
+        if self.state_file is None:
+            return
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.critic is not None:
+            tensors |= {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
+        for which, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam.{which}.{index}.{name}": value for name, value in moments.items()}
+        meta = {
+            "version": STATE_VERSION, "key": self.key, "step": self.step,
+            "history": self.history.epochs, "sums": self._sums, "saved": time.time(),
+        }  # fmt: skip
+        save_safetensors(self.state_file, tensors, meta=meta)
+
+    def _resume(self, path: Path) -> None:
+        loaded = load_state(path)
+        meta = loaded.meta
+        if meta.get("version") != STATE_VERSION or not isinstance(meta.get("step"), int):
+            raise WeightsError(f"training state {path} is of another version; delete it to start anew")
+        if meta.get("key") != self.key:
+            raise WeightsError(
+                f"training state {path} belongs to another recipe (key {str(meta.get('key'))[:12]}, "
+                f"not {self.key[:12]}); delete it or choose another folder"
+            )
+        for which, module in (("network", self.network), ("critic", self.critic)):
+            if module is not None:
+                apply_state(module, _under(loaded.state, which), what=f"training state {path}, {which}")
+        for which, optimizer in self.optimizers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under(loaded.state, f"adam.{which}").items():
+                index, moment = name.split(".", 1)
+                moments.setdefault(int(index), {})[moment] = value
+            optimizer.load_state_dict(
+                {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        self.step = self.saved_step = meta["step"]
+        self.history = History([dict(epoch) for epoch in meta["history"]])
+        self._sums = dict(meta["sums"])
+        logger.info("training of %s goes on after step %d of %d", self.recipe.defense, self.step, self.total)
+
+
+def plot(history: History, path: Path) -> None:
+    """Draw every loss term over the epochs, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for name in sorted({name for epoch in history.epochs for name in epoch}):
+        axes.plot(
+            range(1, len(history.epochs) + 1),
+            [epoch.get(name, math.nan) for epoch in history.epochs],
+            label=name,
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("weighted loss term")
+    if all(value > 0 for epoch in history.epochs for value in epoch.values()):
+        axes.set_yscale("log")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def write_history(history: History, path: Path) -> None:
+    """Write the history as JSON lines, one an epoch."""
+    lines = [json.dumps({"epoch": i + 1, **epoch}, sort_keys=True) for i, epoch in enumerate(history.epochs)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{prefix}."): value
+        for name, value in state.items()
+        if name.startswith(f"{prefix}.")
+    }

@@ -1,0 +1,184 @@
+"""Loss terms of the papers, as functions of tensors.
+
+Distances are means over all elements unless the name says otherwise: the published codes use means, the papers often
+print norms, and the two differ by the number of elements, which is why weights cannot be exchanged between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Scores = Sequence[Sequence[Tensor]]
+"""What a multi-scale discriminator returns: per scale the outputs of its layers, the last one the scores."""
+
+
+# -- distances ----------------------------------------------------------------------------------------------------
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference: HGD's guidance (its code's mean, not a sum), NRP's L_feat, the alignment terms."""
+    return (a - b).abs().mean()
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference."""
+    return (a - b).square().mean()
+
+
+def rmse(a: Tensor, b: Tensor) -> Tensor:
+    """Root of the mean squared difference (APE-GAN's official code).
+
+    1e-12 under the root keeps the gradient finite where both are equal; it changes the value by at most 1e-6.
+    """
+    return (mse(a, b) + 1e-12).sqrt()
+
+
+def l2_norm(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over images of ||a - b||_2, the norm the papers print; its gradient is finite at 0."""
+    return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt().mean()
+
+
+# -- class activation features (CAFD) -----------------------------------------------------------------------------
+def class_weights(weight: Tensor, logits: Tensor) -> Tensor:
+    """Rows w_c of the last linear layer (K, C) for c = argmax of `logits` (B, K): (B, C)."""
+    return weight[logits.argmax(1)]
+
+
+def class_activation(features: Tensor, weights: Tensor) -> Tensor:
+    """Phi = F * w_c, (B, C, H, W) from feature maps (B, C, H, W) and weights (B, C)."""
+    return features * weights[:, :, None, None]
+
+
+def normalised_activation(phi: Tensor, size: int = 32) -> Tensor:
+    """CAFA's code: ReLU, minus the minimum, over the maximum of the whole batch, bilinear to `size`."""
+    positive = F.relu(phi)
+    positive = positive - positive.min()
+    positive = positive / positive.max().clamp(min=1e-12)
+    return F.interpolate(positive, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def caf_eq6(
+    clean: Tensor, restored: Tensor, clean_weights: Tensor, restored_weights: Tensor, form: str = "paper"
+) -> Tensor:
+    """Equation 6, CAFD': the distance of class activation features.
+
+    Args:
+        clean, restored: feature maps (B, C, H, W) of the clean and the denoised images.
+        clean_weights, restored_weights: w_c of each (B, C).
+        form: `paper`: ||Phi_x - Phi_C(x')||_2; `code`: mean squares of the normalised maps, as in CAFA's code.
+    """
+    a, b = class_activation(clean, clean_weights), class_activation(restored, restored_weights)
+    return l2_norm(a, b) if form == "paper" else mse(normalised_activation(a), normalised_activation(b))
+
+
+def caf_eq7(
+    clean: Tensor, restored: Tensor, clean_weights: Tensor, restored_weights: Tensor, form: str = "code"
+) -> tuple[Tensor, Tensor]:
+    """Equation 7, CAFD: distances of feature maps and of class weights, apart.
+
+    The second has no gradient to the denoiser: an argmax picks rows of a frozen matrix.
+
+    Args:
+        clean, restored, clean_weights, restored_weights: as in `caf_eq6`.
+        form: `paper`: Euclidean norms; `code`: mean squares, the maps enlarged bilinearly to 32x32.
+    """
+    if form == "paper":
+        return l2_norm(clean, restored), l2_norm(clean_weights, restored_weights)
+    large = [F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False) for x in (clean, restored)]
+    return mse(*large), mse(clean_weights, restored_weights)
+
+
+# -- adversarial terms on logits ----------------------------------------------------------------------------------
+def _bce(logits: Tensor, value: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, value))
+
+
+def vanilla_d(real: Tensor, fake: Tensor) -> Tensor:
+    """Goodfellow et al. 2014: BCE(real, 1) + BCE(fake, 0)."""
+    return _bce(real, 1.0) + _bce(fake, 0.0)
+
+
+def vanilla_g(real: Tensor, fake: Tensor) -> Tensor:
+    """BCE(fake, 1)."""
+    return _bce(fake, 1.0)
+
+
+def ragan_d(real: Tensor, fake: Tensor) -> Tensor:
+    """Relativistic average (Jolicoeur-Martineau 2019): half of BCE(real - E fake, 1) + BCE(fake - E real, 0)."""
+    return (_bce(real - fake.mean(), 1.0) + _bce(fake - real.mean(), 0.0)) / 2
+
+
+def ragan_g(real: Tensor, fake: Tensor) -> Tensor:
+    """The same with the targets exchanged."""
+    return (_bce(real - fake.mean(), 0.0) + _bce(fake - real.mean(), 1.0)) / 2
+
+
+def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
+    """-log sigmoid(real - fake), pair by pair, as CAFD (equation 8) prints it."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    """-log sigmoid(fake - real), as CAFD (equation 9) and NRP (equation 4) print it."""
+    return F.softplus(real - fake).mean()
+
+
+GANS = {
+    "vanilla": (vanilla_d, vanilla_g),
+    "ragan": (ragan_d, ragan_g),
+    "relativistic": (relativistic_d, relativistic_g),
+}
+"""Discriminator and generator term by name."""
+
+
+# -- multi-scale least squares (alignment) ------------------------------------------------------------------------
+def lsgan(scores: Scores, value: float) -> Tensor:
+    """Sum over scales of the mean of (score - value)^2."""
+    return torch.stack([(scale[-1] - value).square().mean() for scale in scores]).sum()
+
+
+def feature_matching(real: Scores, fake: Scores) -> Tensor:
+    """pix2pixHD: sum over scales and layers but the last of mean |F(real) - F(fake)|, times 4 / (layers + 1) / scales.
+
+    `layers` is the discriminator's n_layers, two fewer than its outputs. The real side has no gradient.
+    """
+    total = torch.zeros((), device=fake[0][0].device)
+    for one, other in zip(real, fake, strict=True):
+        for a, b in zip(one[:-1], other[:-1], strict=True):
+            total = total + l1(a.detach(), b) * 4 / (len(one) - 1) / len(real)
+    return total
+
+
+# -- class centres (alignment) ------------------------------------------------------------------------------------
+def centres(features: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """Mean feature (D,) of every class among `labels` (N,) of `features` (N, D); negative labels are left out."""
+    return {int(k): features[labels == k].mean(0) for k in labels.unique().tolist() if k >= 0}
+
+
+def class_align(clean: Tensor, restored: Tensor, labels: Tensor) -> Tensor:
+    """Sum over classes present of |m_c^k - m_a^k|, centres of clean and of restored features (mean absolute)."""
+    a, b = centres(clean, labels), centres(restored, labels)
+    return _sum([l1(a[k], b[k]) for k in a], restored)
+
+
+def class_intra(restored: Tensor, labels: Tensor) -> Tensor:
+    """Sum over classes of the mean |z - m^k| over the restored features z of class k."""
+    own = centres(restored, labels)
+    return _sum([l1(restored[labels == k], m) for k, m in own.items()], restored)
+
+
+def class_inter(restored: Tensor, labels: Tensor, margin: float = 5.0, hinge: bool = True) -> Tensor:
+    """Sum over ordered pairs k != i of margin - |m^k - m^i|, cut off at 0.
+
+    Equation 8 of the paper prints no cut-off (`hinge=False`), its code has it.
+    """
+    own = centres(restored, labels)
+    gaps = [margin - l1(a, b) for k, a in own.items() for i, b in own.items() if k != i]
+    return _sum([gap.clamp(min=0) if hinge else gap for gap in gaps], restored)
+
+
+def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
+    # A class may be alone in a batch: then there is no pair, and the term is zero but still part of the graph.
+    return torch.stack(terms).sum() if terms else like.sum() * 0
