@@ -46,6 +46,11 @@ class _Repeated(Metric):
         """Mean over repeats."""
         return float(np.mean([self.metric.value(p, weights) for p in prepared]))
 
+    def values(self, prepared: list[Any], weights: np.ndarray) -> np.ndarray:
+        """`value` for each row of `weights`."""
+        out: np.ndarray = np.mean([self.metric.values(p, weights) for p in prepared], axis=0)
+        return out
+
     def each(self, prepared: list[Any]) -> list[float]:
         """One value a repeat."""
         return [float(self.metric.value(p)) for p in prepared]

@@ -111,10 +111,10 @@ def bootstrap_interval(
         ValueError: no images or no samples, or level outside (0,1).
     """
 
-    def value(weights: np.ndarray) -> float:
-        return metric.value(prepared, weights)
+    def values(weights: np.ndarray) -> np.ndarray:
+        return metric.values(prepared, weights)
 
-    return _percentiles(_resample(value, n, seed, samples), level)
+    return _percentiles(_resample(values, n, seed, samples), level)
 
 
 def paired_difference(
@@ -135,11 +135,12 @@ def paired_difference(
         ValueError: as `bootstrap_interval`.
     """
 
-    def value(weights: np.ndarray | None) -> float:
-        return metric.value(prepared, weights) - metric.value(baseline, weights)
+    def values(weights: np.ndarray) -> np.ndarray:
+        difference: np.ndarray = metric.values(prepared, weights) - metric.values(baseline, weights)
+        return difference
 
-    interval = _percentiles(_resample(value, n, seed, samples), level)
-    return Difference(value(None), *interval)
+    interval = _percentiles(_resample(values, n, seed, samples), level)
+    return Difference(metric.value(prepared) - metric.value(baseline), *interval)
 
 
 def mcnemar(first: Sequence[bool | int], second: Sequence[bool | int]) -> float:
@@ -235,15 +236,17 @@ def worst_case(rows_by_attack: Mapping[str, Sequence[Mapping[str, Any]]]) -> Wor
     return worst
 
 
-def _resample(value: Callable[[np.ndarray], float], n: int, seed: int, samples: int) -> np.ndarray:
+def _resample(values: Callable[[np.ndarray], np.ndarray], n: int, seed: int, samples: int) -> np.ndarray:
     if n < 1 or samples < 1:
         raise ValueError(
             f"the bootstrap needs at least one image and one sample, got n={n}, samples={samples}"
         )
     generator = np.random.default_rng(seed)
-    # One draw at a time: a (samples, n) matrix would be large for full validation sets.
+    # In pieces: a (samples, n) matrix would be large for full validation sets.
+    piece = max(1, min(samples, 2_000_000 // n))
     uniform = np.full(n, 1 / n)
-    return np.array([value(generator.multinomial(n, uniform)) for _ in range(samples)], dtype=np.float64)
+    sizes = [min(piece, samples - start) for start in range(0, samples, piece)]
+    return np.concatenate([values(generator.multinomial(n, uniform, size)) for size in sizes])
 
 
 def _percentiles(values: np.ndarray, level: float) -> Interval:
