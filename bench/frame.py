@@ -14,7 +14,7 @@ from bench.keys import canonical, content_key
 from bench.plan import Cell, Plan, task_instance
 from bench.protocols import Metric
 from bench.registry import METRICS
-from bench.runner import cell_record
+from bench.runner import cell_record, not_applicable
 from bench.stats import bootstrap_interval, wilson, worst_case
 from bench.store import Record, Store
 
@@ -160,6 +160,9 @@ def _cell_lines(
     failure = (errors.get(cell.craft.key) if cell.craft is not None else None) or errors.get(cell.key)
     count = len(set(cell.target.ids) & record.done())
     if count == 0:
+        reason = not_applicable(store, cell)
+        if reason is not None:
+            return _empty(plan, cell, status="skip", reason=reason)
         status = "error" if failure else "pending"
         return _empty(plan, cell, status=status, reason=failure or "not run yet")
     summary = _cached_summary(record, cell, count)

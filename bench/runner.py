@@ -78,6 +78,8 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
         if not missing:
             cached += 1
             continue
+        if not_applicable(store, cell) is not None:
+            continue
         after: tuple[str, ...] = ()
         if cell.craft is not None:
             craft_missing = craft_record(store, cell.craft).missing(cell.target.ids)
@@ -149,6 +151,14 @@ def craft_record(store: Store, craft: Craft) -> Record:
     return store.record("crafts", craft.key, craft.payload)
 
 
+def not_applicable(store: Store, cell: Cell) -> str | None:
+    """Why a cell turned out to have no meaning when it was run, for example images of a size its defense refuses."""
+    reason = cell_record(store, cell).note("skip")
+    if reason is None and cell.craft is not None:
+        reason = craft_record(store, cell.craft).note("skip")
+    return None if reason is None else str(reason)
+
+
 def _group(target: Target) -> str:
     return f"{target.role}:{target.model.name}"
 
@@ -213,6 +223,12 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
             cell = next(c for c in plan.cells if c.key == job.key)
             run_cell(cell, store, torch_device, plan.options.batch_size, report)
     except NotApplicable as error:
+        record = (
+            craft_record(store, plan.crafts()[job.key])
+            if job.kind == "craft"
+            else cell_record(store, next(c for c in plan.cells if c.key == job.key))
+        )
+        record.set_note("skip", error.reason)
         return error.reason
     return None
 

@@ -283,6 +283,27 @@ def test_a_bug_is_exit_1_and_keeps_its_traceback(bench: Run, grid: Path) -> None
     assert "Traceback" in (grid.parent / "s" / "failures.log").read_text()
 
 
+def test_what_turns_out_not_applicable_is_a_skip_and_not_tried_again(bench: Run, grid: Path) -> None:
+    (grid.parent / "picky.py").write_text(
+        "from bench.errors import NotApplicable\nfrom bench.protocols import Defense\n"
+        "from bench.registry import DEFENSES\n"
+        '@DEFENSES.register_module(name="picky")\nclass Picky(Defense):\n'
+        "    def forward(self, images): return images\n"
+        "    def check_input(self, size): raise NotApplicable('needs larger images')\n"
+    )
+    spec = {
+        **GRID,
+        "plugins": [*GRID["plugins"], "picky.py"],
+        "blocks": [{**BLOCK, "defenses": ["picky", "none"]}],
+    }
+    grid.write_text(yaml.safe_dump(spec))
+    arguments = ("run", "--grid", str(grid), "--store", "s", "--out", "o")
+    code, out, err = bench(*arguments)
+    assert code == 0 and "needs larger images" in out, err
+    code, again, err = bench(*arguments)
+    assert code == 0 and again == out and "0 crafts and 0 cells to run" in err
+
+
 @pytest.mark.parametrize(
     ("poison", "message"),
     [
