@@ -310,6 +310,8 @@ def start(toy: Toy, actions: dict[str, str]) -> subprocess.Popen[bytes]:
         cwd=REPO,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # A test run started in the background may ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     toy.wait_for(*(f"{key}.pid" for key in actions))
     return process
