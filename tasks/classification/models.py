@@ -17,7 +17,7 @@ from tasks.classification import cifar_nets
 from tasks.classification.model import LogitsClassifier, Preparation
 from tasks.mini import data, manifest
 
-__all__ = ["MiniResNet", "MiniVGG", "MiniWRN"]
+__all__ = ["MiniResNet", "MiniResNetAT", "MiniResNetFree", "MiniResNetTrades", "MiniVGG", "MiniWRN"]
 
 
 #: Images per call of these networks; at 8 no result depends on an image's place, which larger batches do not promise.
@@ -87,3 +87,24 @@ class MiniWRN(_Mini):
 
     zoo_name: ClassVar[str] = "mini_wrn"
     build: ClassVar[Callable[[], nn.Module]] = cifar_nets.mini_wrn
+
+
+@MODELS.register_module(name="mini_resnet_at")
+class MiniResNetAT(MiniResNet):
+    """`mini_resnet` after adversarial training (Madry et al. 2018)."""
+
+    zoo_name: ClassVar[str] = "mini_resnet_at"
+
+
+@MODELS.register_module(name="mini_resnet_trades")
+class MiniResNetTrades(MiniResNet):
+    """`mini_resnet` after training with TRADES (Zhang et al. 2019)."""
+
+    zoo_name: ClassVar[str] = "mini_resnet_trades"
+
+
+@MODELS.register_module(name="mini_resnet_free")
+class MiniResNetFree(MiniResNet):
+    """`mini_resnet` after free adversarial training (Shafahi et al. 2019)."""
+
+    zoo_name: ClassVar[str] = "mini_resnet_free"

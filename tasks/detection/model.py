@@ -17,7 +17,7 @@ from tasks.detection.objects import Detections, Objects, warp_masks
 from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved, seeded
 from tasks.mm.configs import InputSpec, Package
 
-__all__ = ["Detector", "MMDetection", "MiniMaskRCNN", "MiniSSD"]
+__all__ = ["Detector", "MMDetection", "MiniMaskRCNN", "MiniSSD", "MiniSSDMTD"]
 
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -284,6 +284,13 @@ class MiniSSD(_Mini):
 
     def __init__(self) -> None:
         self._setup()
+
+
+@MODELS.register_module(name="mini_ssd_mtd")
+class MiniSSDMTD(MiniSSD):
+    """`mini_ssd` after adversarial training on both task losses (MTD, Zhang and Wang 2019)."""
+
+    zoo_name: ClassVar[str] = "mini_ssd_mtd"
 
 
 @MODELS.register_module(name="mini_mask_rcnn")

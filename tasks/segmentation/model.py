@@ -19,7 +19,7 @@ from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved
 from tasks.mm.configs import InputSpec, Package
 from tasks.segmentation.task import IGNORE, label_map
 
-__all__ = ["MMSegmentation", "MiniDeepLabV3", "MiniPSPNet", "Segmenter"]
+__all__ = ["MMSegmentation", "MiniDeepLabV3", "MiniPSPNet", "MiniPSPNetSAT", "Segmenter"]
 
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -258,6 +258,13 @@ class MiniPSPNet(_Mini):
     """Narrow PSPNet for 96x96 scenes of digits, trained on the embedded data."""
 
     zoo_name: ClassVar[str] = "mini_pspnet"
+
+
+@MODELS.register_module(name="mini_pspnet_sat")
+class MiniPSPNetSAT(MiniPSPNet):
+    """`mini_pspnet` after adversarial training for segmentation (SAT, Xu et al. 2021)."""
+
+    zoo_name: ClassVar[str] = "mini_pspnet_sat"
 
 
 @MODELS.register_module(name="mini_deeplabv3")
