@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench.errors import BenchError, DataError, PluginError, WeightsError
 from bench.protocols import Batch, Sample, TargetModel
@@ -31,7 +32,7 @@ from defenses.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class TrainingDiverged(BenchError):
@@ -67,7 +68,7 @@ class Trainer:
     Args:
         recipe: what to do.
         samples: training images of one size, already prepared for the target.
-        adversary: makes their adversarial counterparts.
+        adversary: makes their adversarial counterparts; None for a loss that is taken on clean images alone.
         target: the frozen model behind the losses; None when the recipe needs none.
         key: `Recipe.key`; part of the state, so that a state of another recipe is never resumed.
         state: file that holds everything needed to go on; it is replaced as a whole. None = not resumable.
@@ -83,7 +84,7 @@ class Trainer:
         self,
         recipe: Recipe,
         samples: Samples,
-        adversary: Adversary,
+        adversary: Adversary | None,
         target: TargetModel | None,
         *,
         key: str,
@@ -98,6 +99,10 @@ class Trainer:
         self.state_file, self.save_every = state, save_every
         self.device, self.precision = torch.device(device), precision
         self.objective = objective(recipe.objective, dict(recipe.objective_args))
+        if not self.objective.attacked:
+            self.adversary = None
+        elif adversary is None:
+            raise PluginError(f"recipe of {recipe.defense}: its loss needs adversarial images ('attacks')")
         self.guide = None if target is None else Guide(target)
         if self.objective.guided and self.guide is None:
             raise PluginError(f"recipe of {recipe.defense}: its loss needs a target model, none was given")
@@ -112,6 +117,11 @@ class Trainer:
             critic.to(self.device).train() if critic is not None and self.objective.adversarial else None
         )
         self.mean, self.std = (x.to(self.device) for x in mean_std(recipe.space))
+        self.average = (
+            AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(self.objective.average))
+            if self.objective.average
+            else None
+        )
         self.optimizers = {"network": self._adam(self.network)}
         if self.critic is not None:
             self.optimizers["critic"] = self._adam(self.critic)
@@ -121,6 +131,7 @@ class Trainer:
         self.step = 0
         self.history = History()
         self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._order: tuple[int, list[int]] = (-1, [])
         self.saved_step = 0
         if state is not None and state.exists():
@@ -146,7 +157,7 @@ class Trainer:
         if self.state_file is not None:
             cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
         with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
-            if self.step < end:
+            if self.step < end and self.adversary is not None:
                 self.adversary.prepare(self._in_order(), cache, self.key)
             while self.step < end:
                 epoch, index = divmod(self.step, self.per_epoch)
@@ -154,12 +165,13 @@ class Trainer:
                 terms = self._train_step(epoch, index)
                 for name, value in terms.items():
                     self._sums[name] = self._sums.get(name, 0.0) + value
+                    self._counts[name] = self._counts.get(name, 0) + 1
                 self.step += 1
                 if scalars is not None:
                     scalars(self.step, terms)
                 if self.step % self.per_epoch == 0:
-                    self.history.epochs.append({n: v / self.per_epoch for n, v in self._sums.items()})
-                    self._sums = {}
+                    self.history.epochs.append({n: v / self._counts[n] for n, v in self._sums.items()})
+                    self._sums, self._counts = {}, {}
                     self.save()
                 elif self.save_every and self.step % self.save_every == 0:
                     self.save()
@@ -171,6 +183,8 @@ class Trainer:
 
     def write(self, path: Path, *, half: bool = True, meta: dict[str, Any] | None = None) -> str:
         """Write the purifier as a checkpoint a defense reads; half precision unless told otherwise.
+
+        Where the objective averages weights, the average is written.
 
         Args:
             path: safetensors file.
@@ -189,23 +203,27 @@ class Trainer:
             "steps": self.step,
             "losses": self.history.epochs[-1] if self.history.epochs else {},
         }
-        return save_safetensors(path, self.network.state_dict(), meta=facts, half=half)
+        network = self.network if self.average is None else self.average.module
+        return save_safetensors(path, network.state_dict(), meta=facts, half=half)
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def _train_step(self, epoch: int, index: int) -> dict[str, float]:
         batch = self._batch(epoch, index)
-        adversarial = self.adversary(batch, (self.recipe.seed, epoch))
+        adversarial = batch.images
+        if self.adversary is not None:
+            adversarial = self.adversary(batch, (self.recipe.seed, epoch))
         adversarial = self._mix(batch, adversarial)
         clean, adversarial, targets = self._flip(batch, adversarial)
         step = Step(
             clean, adversarial, targets, self._purify, self._inner, self.guide, self.critic,
-            derive_seed(self.recipe.seed, self.step),
+            derive_seed(self.recipe.seed, self.step), self.network,
         )  # fmt: skip
         values: dict[str, float] = {}
         if self.objective.critic_first:
             values.update(self._update_critic(step))
-        for _ in range(self.objective.generator_steps):
-            values.update(self._update_network(step))
+        if self.step % self.objective.generator_every == 0:
+            for _ in range(self.objective.generator_steps):
+                values.update(self._update_network(step))
         if not self.objective.critic_first:
             values.update(self._update_critic(step))
         return values
@@ -216,7 +234,10 @@ class Trainer:
         try:
             with self._autocast():
                 terms = self.objective.generator(step)
-            return self._descend("network", self.network, terms)
+            values = self._descend("network", self.network, terms)
+            if self.average is not None:
+                self.average.update_parameters(self.network)
+            return values
         finally:
             if self.critic is not None:
                 self.critic.requires_grad_(True)
@@ -329,12 +350,14 @@ class Trainer:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         if self.critic is not None:
             tensors |= {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for which, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"adam.{which}.{index}.{name}": value for name, value in moments.items()}
         meta = {
             "version": STATE_VERSION, "key": self.key, "step": self.step,
-            "history": self.history.epochs, "sums": self._sums, "saved": time.time(),
+            "history": self.history.epochs, "sums": self._sums, "counts": self._counts, "saved": time.time(),
         }  # fmt: skip
         save_safetensors(self.state_file, tensors, meta=meta)
 
@@ -348,7 +371,7 @@ class Trainer:
                 f"training state {path} belongs to another recipe (key {str(meta.get('key'))[:12]}, "
                 f"not {self.key[:12]}); delete it or choose another folder"
             )
-        for which, module in (("network", self.network), ("critic", self.critic)):
+        for which, module in (("network", self.network), ("critic", self.critic), ("average", self.average)):
             if module is not None:
                 apply_state(module, _under(loaded.state, which), what=f"training state {path}, {which}")
         for which, optimizer in self.optimizers.items():
@@ -361,7 +384,7 @@ class Trainer:
             )
         self.step = self.saved_step = meta["step"]
         self.history = History([dict(epoch) for epoch in meta["history"]])
-        self._sums = dict(meta["sums"])
+        self._sums, self._counts = dict(meta["sums"]), dict(meta["counts"])
         logger.info("training of %s goes on after step %d of %d", self.recipe.defense, self.step, self.total)
 
 

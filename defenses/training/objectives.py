@@ -33,6 +33,7 @@ class Step:
         guide: the target; None when the recipe needs none.
         critic: the discriminator; it sees images in the network's range.
         seed: for losses that sample.
+        network: the network under training itself, for losses that do not purify an image with it.
     """
 
     clean: Tensor
@@ -43,6 +44,7 @@ class Step:
     guide: Guide | None = None
     critic: nn.Module | None = None
     seed: int = 0
+    network: nn.Module | None = None
 
     @property
     def target(self) -> Guide:
@@ -58,16 +60,22 @@ class Objective(ABC):
     Attributes:
         guided: it asks the target for something.
         labelled: it uses ground truth.
+        attacked: it uses adversarial images.
         adversarial: it has a discriminator.
         generator_steps: updates of the defense per batch.
+        generator_every: the defense is updated on every this many batches, the discriminator on each (WGAN: 5).
         critic_first: the discriminator is updated before the defense.
+        average: decay of an exponential moving average of the weights, which is what gets written; 0 = none.
     """
 
     guided: bool = True
     labelled: bool = False
+    attacked: bool = True
     adversarial: bool = False
     generator_steps: int = 1
+    generator_every: int = 1
     critic_first: bool = False
+    average: float = 0.0
 
     @abstractmethod
     def generator(self, step: Step) -> Terms:
