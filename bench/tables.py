@@ -42,6 +42,7 @@ __all__ = [
     "pivot",
     "read_long",
     "render",
+    "write_table",
     "write_tables",
 ]
 
@@ -259,6 +260,7 @@ class Entry:
         text: what is printed, without marks.
         value: the number behind it in the metric's own unit; NaN where there is none.
         bold: best of its group.
+        underline: second of its group.
         suspect: a check made its attack suspect.
         notes: numbers of its footnotes, from 1.
     """
@@ -266,6 +268,7 @@ class Entry:
     text: str
     value: float = math.nan
     bold: bool = False
+    underline: bool = False
     suspect: bool = False
     notes: tuple[int, ...] = ()
 
@@ -706,6 +709,7 @@ def _latex(table: Table) -> str:
     def entry(item: Entry) -> str:
         text = _latex_text(item.text)
         marks = (r"$^\dagger$" if item.suspect else "") + _latex_marks(item.notes)
+        text = rf"\underline{{{text}}}" if item.underline else text
         return (rf"\textbf{{{text}}}" if item.bold else text) + marks
 
     body = table.strings(entry, _latex_text)
@@ -732,6 +736,7 @@ def _html(table: Table) -> str:
     def entry(item: Entry) -> str:
         text = html_escape.escape(item.text)
         marks = ("†" if item.suspect else "") + ",".join(str(note) for note in item.notes)
+        text = f"<u>{text}</u>" if item.underline else text
         return (f"<b>{text}</b>" if item.bold else text) + (f"<sup>{marks}</sup>" if marks else "")
 
     buffer = io.StringIO()
@@ -771,9 +776,18 @@ def render(lines: pd.DataFrame, spec: TableSpec, format: str, orders: Orders | N
     Raises:
         GridError: as `build`, or the format is no text format.
     """
+    return write_table(build(lines, spec, orders), format)
+
+
+def write_table(table: Table, format: str) -> str:
+    """A finished table as text in `format`: markdown, csv, latex or html.
+
+    Raises:
+        GridError: the format is no text format.
+    """
     if format not in _WRITERS:
         raise GridError(unknown("text format", format, _WRITERS))
-    return _WRITERS[format](build(lines, spec, orders))
+    return _WRITERS[format](table)
 
 
 def markdown(lines: pd.DataFrame, spec: TableSpec, orders: Orders | None = None) -> str:
@@ -847,7 +861,9 @@ def _plain(label: str) -> str:
 
 
 def _markdown_entry(item: Entry) -> str:
-    return (f"**{item.text}**" if item.bold else item.text) + item.marks()
+    # <ins>, because GitHub drops <u>.
+    text = f"<ins>{item.text}</ins>" if item.underline else item.text
+    return (f"**{text}**" if item.bold else text) + item.marks()
 
 
 _LATEX = str.maketrans(
