@@ -1,0 +1,174 @@
+"""The attacks of Carlini and Wagner (2017): L2, L-infinity, and projected descent on their loss.
+
+`cw_l2` and `cw_linf` look for the nearest adversarial image and have no eps. `cw_pgd` is what papers that give eps and
+a step size mean by C&W in the L-infinity norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attacks.iterative import Steps
+from attacks.minimal import Closest, MinimalNorm, Working, keep, lengths, look, per_image
+from bench.protocols import ImageRNG
+from bench.registry import ATTACKS
+
+Positive = Annotated[float, Field(gt=0)]
+Confidence = Annotated[float, Field(ge=0)]
+
+SHRINK = 0.999999
+"""Pixels are pulled this far towards grey before atanh, which is infinite at the ends of the range."""
+
+CHECKS = 10
+"""How often a run of the optimiser is asked whether it still makes progress."""
+
+
+def to_tanh(images: Tensor) -> Tensor:
+    """w with (tanh(w) + 1) / 2 = images, nearly (eq. 7 of the paper)."""
+    return torch.atanh((images * 2 - 1) * SHRINK)
+
+
+def from_tanh(w: Tensor) -> Tensor:
+    """Images in [0,1], exactly."""
+    return (w.tanh() + 1) / 2
+
+
+@dataclass(frozen=True)
+class Adam:
+    """First and second moments of each image's gradient (Kingma and Ba 2015), (n, 3, H, W) each."""
+
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def like(cls, images: Tensor) -> Adam:
+        """Before the first step."""
+        return cls(torch.zeros_like(images), torch.zeros_like(images))
+
+    def __getitem__(self, index: Tensor) -> Adam:
+        return Adam(self.first[index], self.second[index])
+
+    def select(self, index: Tensor) -> Adam:
+        """The moments of some of the images."""
+        return self[index.to(self.first.device)]
+
+    def step(self, grad: Tensor, number: int | Tensor, lr: float) -> Tensor:
+        """The step for the `number`-th gradient (from 1; per image where a tensor (n, 1, 1, 1)); moments are updated."""
+        self.first.mul_(0.9).add_(grad, alpha=0.1)
+        self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        return lr * (self.first / (1 - 0.9**number)) / ((self.second / (1 - 0.999**number)).sqrt() + 1e-8)
+
+
+@dataclass(frozen=True)
+class _Descent(Working):
+    """Images in one descent of `cw_l2`.
+
+    Attributes:
+        w: clean images in tanh space. origin: what they come back as. delta: what has been added to w.
+        c: weight of the margin. adam: the optimiser.
+        lowest, lowest_before: smallest loss so far, and at the previous check.
+    """
+
+    w: Tensor
+    origin: Tensor
+    delta: Tensor
+    c: Tensor
+    adam: Adam
+    lowest: Tensor
+    lowest_before: Tensor
+
+
+@ATTACKS.register_module(name="cw_l2")
+class CWL2(MinimalNorm):
+    """Carlini and Wagner's L2 attack: minimise ||x' - x||^2 + c * max(z_y - max_{k != y} z_k, -kappa) (2017, section V).
+
+    x' = (tanh(w) + 1) / 2, Adam on w, and a binary search for the smallest c that succeeds: times ten until it does,
+    then by halves. The nearest adversarial image over all steps is returned. Targeted: max_{k != t} z_k - z_t.
+
+    Args:
+        steps: descents' number of steps (10000 in the paper).
+        binary_search_steps: values of c tried for each image; from ten on, the last is the smallest that succeeded.
+        initial_c: the first of them.
+        lr: learning rate of Adam.
+        kappa: confidence, the margin by which the victim has to be wrong.
+        abort_early: a descent ends for an image when a tenth of the steps has not lowered its loss by 0.01 %.
+        target: rule for a wrong target to reach; None = untargeted.
+    """
+
+    def __init__(
+        self,
+        steps: Steps = 1000,
+        binary_search_steps: Steps = 9,
+        initial_c: Positive = 1e-3,
+        lr: Positive = 0.01,
+        kappa: Confidence = 0.0,
+        abort_early: bool = True,
+        target: str | None = None,
+    ) -> None:
+        self.steps, self.binary_search_steps = steps, binary_search_steps
+        self.initial_c, self.lr, self.kappa = initial_c, lr, kappa
+        self.abort_early, self.target = abort_early, target
+
+    def passes(self) -> int:
+        return self.steps * self.binary_search_steps
+
+    def search(self, start: Working, rng: ImageRNG) -> Tensor:
+        best = Closest(start.clean)
+        lower = torch.zeros(len(start), dtype=torch.float64, device=start.clean.device)
+        upper = torch.full_like(lower, float("inf"))
+        c = torch.full_like(lower, self.initial_c)
+        for number in range(self.binary_search_steps):
+            if number == self.binary_search_steps - 1 and number >= 9:
+                c = upper.clamp(max=1e10)
+            # Nothing is nearer than the clean image itself.
+            working = keep(start, best.distance > 0)
+            if not len(working):
+                break
+            index = working.index
+            found = torch.zeros_like(lower, dtype=torch.bool)
+            self._descend(working, c[index].to(start.clean.dtype), best, found)
+            upper = torch.where(found, c, upper)
+            lower = torch.where(found, lower, c)
+            c = torch.where(upper.isinf(), c * 10, (lower + upper) / 2)
+        return best.images
+
+    def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor) -> None:
+        """One descent at weights `c`; what succeeds is offered to `best` and marked in `found` (B,)."""
+        w = to_tanh(start.clean)
+        lowest = torch.full_like(c, float("inf"))
+        work = _Descent(
+            # A view of its own: the next descent's EOT draws are the same again, whatever happens in this one.
+            start.oracle.select(range(len(start))), start.index, start.clean, start.labels,
+            w, from_tanh(w), torch.zeros_like(w), c, Adam.like(w), lowest, lowest.clone(),
+        )  # fmt: skip
+        every = -(-self.steps // CHECKS)
+        for step in range(self.steps):
+            images = from_tanh(work.w + work.delta)
+            seen = look(work.oracle, images, work.labels, self.target is not None)
+            success = seen.margin > self.kappa
+            if step == 0 and bool(success.any()):
+                # Only rounding separates this image from the clean one.
+                best.offer(work.index, work.clean, torch.zeros_like(work.c), success)
+            distance = lengths(images - work.clean)
+            best.offer(work.index, images, distance, success)
+            found[work.index[success]] = True
+            gap = images - work.origin
+            short = self.kappa - seen.margin
+            loss = lengths(gap).square() + work.c * short.clamp(min=0)
+            torch.minimum(work.lowest, loss, out=work.lowest)
+            # Of x' itself: the victim gives the gradient of the margin, the rest is known in closed form.
+            push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
+            grad = (2 * gap - per_image(push) * seen.grad) * (2 * images * (1 - images))
+            work.delta.sub_(work.adam.step(grad, step + 1, self.lr))
+            going = best.distance[work.index] > 0
+            if self.abort_early and step % every == 0:
+                going &= work.lowest <= 0.9999 * work.lowest_before
+                work.lowest_before.copy_(work.lowest)
+            work = keep(work, going)
+            if not len(work):
+                break

@@ -1,0 +1,49 @@
+"""Minimal-norm attacks: the same images as foolbox where the algorithm is the same, else not weaker and not farther."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+foolbox = pytest.importorskip("foolbox")
+attacks = pytest.importorskip("foolbox.attacks")
+
+
+def theirs(setting, attack, targeted: bool = False) -> torch.Tensor:
+    model = foolbox.PyTorchModel(setting.net, bounds=(0, 1), device="cpu")
+    goal = (
+        foolbox.criteria.TargetedMisclassification(setting.wrong)
+        if targeted
+        else foolbox.criteria.Misclassification(setting.labels)
+    )
+    return attack(model, setting.images, goal, epsilons=None)[0]
+
+
+def same(
+    setting, ours: torch.Tensor, other: torch.Tensor, targeted: bool = False, atol: float = 1e-6
+) -> None:
+    reached = setting.net(ours).argmax(1)
+    assert (reached == setting.wrong if targeted else reached != setting.labels).all()
+    torch.testing.assert_close(ours, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("kappa", [0, 2])
+def test_cw_l2(setting, kappa, targeted):
+    attack = attacks.L2CarliniWagnerAttack(
+        binary_search_steps=6,
+        steps=40,
+        stepsize=0.05,
+        confidence=kappa,
+        initial_const=0.01,
+        abort_early=False,
+    )
+    params = {"binary_search_steps": 6, "steps": 40, "lr": 0.05, "kappa": kappa, "initial_c": 0.01}
+    ours = setting.run("cw_l2", {**params, "abort_early": False}, targeted)
+    same(setting, ours, theirs(setting, attack, targeted), targeted, atol=1e-5)
+
+
+def test_cw_l2_repeats_the_best_c_last(setting):
+    attack = attacks.L2CarliniWagnerAttack(binary_search_steps=10, steps=15, stepsize=0.1, abort_early=False)
+    params = {"binary_search_steps": 10, "steps": 15, "lr": 0.1, "abort_early": False}
+    same(setting, setting.run("cw_l2", params), theirs(setting, attack), atol=1e-5)
