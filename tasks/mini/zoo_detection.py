@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tasks.mini import data, manifest
 from tasks.mini.zoo import Progress, recipe
+from tasks.mini.zoo_classification import BackboneClassifier, train_classifier
+
+if TYPE_CHECKING:
+    from tasks.mini._runner import BeforeStep
 
 CONFIGS = Path(__file__).parents[1] / "detection" / "configs"
 #: Contrast of the digits in detection scenes, in 1/255: fainter than in segmentation scenes, where finding every pixel
@@ -24,18 +27,6 @@ _PRETRAIN: dict[str, Any] = {
     "epochs": 30, "batch": 64, "lr": 3e-3, "weight_decay": 0.02, "warmup": 0.2, "easy_share": 0.4,
     "contrast": 90, "size": 64,
 }  # fmt: skip
-
-
-class _Classifier(nn.Module):
-    """The last stage of a backbone, averaged, and one linear layer."""
-
-    def __init__(self, backbone: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.fc = nn.Linear(channels, len(data.CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.backbone(x)[-1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def score_detector(
@@ -107,32 +98,48 @@ def score_detector(
     return scores
 
 
-def _build(
-    name: str, out_dir: Path, seed: int, device: str | torch.device, progress: Progress
+def build_detector(
+    name: str,
+    out_dir: Path,
+    *,
+    seed: int,
+    device: str | torch.device,
+    progress: Progress,
+    start: str | None = None,
+    before: BeforeStep | None = None,
 ) -> dict[str, float]:
+    """Train a detector as its config says, write its weights in half precision, and score them.
+
+    Args:
+        name: of the config and of the weights.
+        out_dir: folder of the weights.
+        seed: of the first weights and of the scenes.
+        device: where to train.
+        progress: told about the training.
+        start: shipped model whose weights to start from; a new one, its backbone trained on digits, unless given.
+        before: may change each batch.
+
+    Returns:
+        Scores, and the ``seconds`` that the training took.
+    """
     from tasks.mm import ops
 
     ops.install()
     import mmdet.models  # noqa: F401 - registers
     from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.hooks import Hook
     from mmengine.logging import MMLogger
     from mmengine.registry import DefaultScope
-    from mmengine.runner import Runner
 
     from tasks.mini import _detection_stream  # noqa: F401 - registers
-    from tasks.mini.zoo_classification import train_classifier
+    from tasks.mini._runner import run
 
     config = Config.fromfile(CONFIGS / f"{name}.py")
     config.train_dataloader.dataset.update(seed=seed, contrast=CONTRAST)
     total = int(config.train_cfg.max_iters)
-    start = time.perf_counter()
-    ahead = (
-        _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"])
-        if config.pretrain_backbone
-        else 0
-    )
+    pretrain = config.pretrain_backbone and not start
+    ahead = _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"]) if pretrain else 0
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope("mmdet"):
         torch.manual_seed(seed)
         model = MODELS.build(config.model)
@@ -140,43 +147,19 @@ def _build(
             config.log_level
         )  # else every tensor's initialisation is told
         model.init_weights()
-        classifier = _Classifier(model.backbone, model.backbone.feat_dim)
-    if ahead:
+        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
+    if start:
+        model.load_state_dict(manifest.load(start))
+    elif pretrain:
         train_classifier(
             classifier, seed=seed, device=device, **_PRETRAIN,
             progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
         )  # fmt: skip
-
-    class Report(Hook):  # type: ignore[misc]
-        """Passes the loss on to ``progress``."""
-
-        def after_train_iter(
-            self,
-            runner: Any,
-            batch_idx: int,
-            data_batch: Any = None,
-            outputs: Mapping[str, Any] | None = None,
-        ) -> None:
-            if ((runner.iter + 1) % 20 == 0 or runner.iter + 1 == total) and outputs:
-                progress(ahead + runner.iter + 1, ahead + total, f"loss {outputs['loss'].item():.3f}")
-
-    with tempfile.TemporaryDirectory() as work_dir:
-        runner = Runner(
-            model=model,
-            work_dir=work_dir,
-            train_dataloader=config.train_dataloader,
-            train_cfg=config.train_cfg,
-            optim_wrapper=config.optim_wrapper,
-            param_scheduler=config.param_scheduler,
-            default_hooks=config.default_hooks,
-            custom_hooks=[Report()],
-            randomness={"seed": seed, "deterministic": False},
-            default_scope="mmdet",
-            log_level=config.log_level,
-            experiment_name=f"{name}_{time.time_ns()}",
-        )
-        runner.train()
-    seconds = time.perf_counter() - start
+    run(
+        name, model, config, seed=seed, before=before,
+        report=lambda done, note: progress(ahead + done, ahead + total, note),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
     path = manifest.weights_path(name, out_dir)
     manifest.save_half(model.state_dict(), path)
     model.load_state_dict(manifest.load_float(path))
@@ -195,7 +178,7 @@ def build_ssd(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
     """SSD on a narrow ResNet-18, on the mini scenes."""
-    return _build("mini_ssd", out_dir, seed, device, progress)
+    return build_detector("mini_ssd", out_dir, seed=seed, device=device, progress=progress)
 
 
 @recipe("mini_mask_rcnn", seed=22, parameters=_parameters("mini_mask_rcnn", pretrained=True))
@@ -203,4 +186,4 @@ def build_mask_rcnn(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
     """Mask R-CNN on a narrow ResNet-18, on the mini scenes."""
-    return _build("mini_mask_rcnn", out_dir, seed, device, progress)
+    return build_detector("mini_mask_rcnn", out_dir, seed=seed, device=device, progress=progress)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor, nn
 
 from tasks.mini import data, manifest, measure
 from tasks.mini.zoo import Progress, recipe
-from tasks.mini.zoo_classification import MEAN, STD, to_tensor, train_classifier
+from tasks.mini.zoo_classification import MEAN, STD, BackboneClassifier, to_tensor, train_classifier
+
+if TYPE_CHECKING:
+    from tasks.mini._runner import BeforeStep
 
 CONFIGS = Path(__file__).parents[1] / "segmentation" / "configs"
 #: Scenes that the recorded scores are measured on.
@@ -24,18 +26,6 @@ _PRETRAIN: dict[str, Any] = {
     "epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.02, "warmup": 0.2, "easy_share": 0.4,
     "contrast": data.SCENE_CONTRAST, "size": 64,
 }  # fmt: skip
-
-
-class _Classifier(nn.Module):
-    """The last stage of a backbone, averaged, and one linear layer."""
-
-    def __init__(self, backbone: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.fc = nn.Linear(channels, len(data.CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.backbone(x)[-1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def segmentation_logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -82,67 +72,63 @@ def score_segmenter(
     return {"clean": score(None), **{name: score(ATTACKS[name]) for name in attacks}}
 
 
-def _build(
-    name: str, out_dir: Path, seed: int, device: str | torch.device, progress: Progress
+def build_segmenter(
+    name: str,
+    out_dir: Path,
+    *,
+    seed: int,
+    device: str | torch.device,
+    progress: Progress,
+    start: str | None = None,
+    before: BeforeStep | None = None,
 ) -> dict[str, float]:
+    """Train a segmenter as its config says, write its weights in half precision, and score them.
+
+    Args:
+        name: of the config and of the weights.
+        out_dir: folder of the weights.
+        seed: of the first weights and of the scenes.
+        device: where to train.
+        progress: told about the training.
+        start: shipped model whose weights to start from; a new one, its backbone trained on digits, unless given.
+        before: may change each batch.
+
+    Returns:
+        Scores, and the ``seconds`` that the training took.
+    """
     from tasks.mm import ops
 
     ops.install()
     from mmengine.config import Config
-    from mmengine.hooks import Hook
-    from mmengine.runner import Runner
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
     from tasks.mini import _streams  # noqa: F401  registers MiniSceneStream
+    from tasks.mini._runner import run
 
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIGS / f"{name}.py")
     config.train_dataloader.dataset.seed = seed
     total = config.train_cfg.max_iters
-    start = time.perf_counter()
-    pretrain_steps = _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"])
+    ahead = 0 if start else _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"])
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS.build(config.model)
         model.init_weights()
-        classifier = _Classifier(model.backbone, model.backbone.feat_dim)
-    train_classifier(
-        classifier, seed=seed, device=device, **_PRETRAIN,
-        progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
+        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
+    if start:
+        model.load_state_dict(manifest.load(start))
+    else:
+        train_classifier(
+            classifier, seed=seed, device=device, **_PRETRAIN,
+            progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
+        )  # fmt: skip
+    run(
+        name, model, config, seed=seed, before=before,
+        report=lambda done, note: progress(ahead + done, ahead + total, note),
     )  # fmt: skip
-
-    class Report(Hook):
-        """Passes the loss on to ``progress``."""
-
-        def after_train_iter(
-            self,
-            runner: Any,
-            batch_idx: int,
-            data_batch: Any = None,
-            outputs: Mapping[str, Any] | None = None,
-        ) -> None:
-            if (runner.iter + 1) % 20 == 0 and outputs:
-                note = f"loss {float(outputs['loss']):.3f}"
-                progress(pretrain_steps + runner.iter + 1, pretrain_steps + total, note)
-
-    with tempfile.TemporaryDirectory() as work_dir:
-        runner = Runner(
-            model=model,
-            work_dir=work_dir,
-            train_dataloader=config.train_dataloader,
-            train_cfg=config.train_cfg,
-            optim_wrapper=config.optim_wrapper,
-            param_scheduler=config.param_scheduler,
-            default_hooks=config.default_hooks,
-            custom_hooks=[Report()],
-            randomness={"seed": seed, "deterministic": False},
-            default_scope="mmseg",
-            log_level=config.log_level,
-            experiment_name=f"{name}_{time.time_ns()}",
-        )
-        runner.train()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     path = manifest.weights_path(name, out_dir)
     manifest.save_half(model.state_dict(), path)
     model.load_state_dict(manifest.load_float(path))
@@ -161,7 +147,7 @@ def build_pspnet(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
     """PSPNet on a narrow ResNet-18, on the mini scenes."""
-    return _build("mini_pspnet", out_dir, seed, device, progress)
+    return build_segmenter("mini_pspnet", out_dir, seed=seed, device=device, progress=progress)
 
 
 @recipe("mini_deeplabv3", seed=12, parameters=_parameters("mini_deeplabv3"))
@@ -169,4 +155,4 @@ def build_deeplabv3(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
     """DeepLabv3 on a narrow ResNet-18, on the mini scenes."""
-    return _build("mini_deeplabv3", out_dir, seed, device, progress)
+    return build_segmenter("mini_deeplabv3", out_dir, seed=seed, device=device, progress=progress)
