@@ -92,7 +92,8 @@ class Iterative(Attack):
         eps: radius of the budget in [0,1] pixel units.
         alpha: step size in the same units; None = eps / steps.
         steps: number of gradient steps N.
-        step: `sign` or `l2`; None = the one that goes with the norm.
+        step: `sign`, `l2` (unit length) or `linf` (the gradient over its largest entry); None = the one that goes with
+            the norm.
         start: where the first step begins: `none`, `uniform` in the ball, `normal` noise, `sign` noise.
         start_scale: radius, standard deviation or size of the start; None = eps, 0.001 and eps / 2.
         restarts: runs from different random starts, of which the best is kept for each image.
@@ -121,7 +122,7 @@ class Iterative(Attack):
         eps: Radius | None = Fraction(8, 255),
         alpha: Radius | None = None,
         steps: Steps = 10,
-        step: Literal["sign", "l2"] | None = None,
+        step: Literal["sign", "l2", "linf"] | None = None,
         start: StartKind = "none",
         start_scale: Radius | None = None,
         restarts: Annotated[int, Field(ge=1)] = 1,
@@ -243,12 +244,12 @@ class Iterative(Attack):
         bound = self.loss.bind(climb.oracle, climb.clean, climb.targets, self.target is not None)
         memory: list[Tensor | None] = [None] * len(self.transforms)
         for step in range(self.steps):
-            value, grad = self._gradient(climb, bound, x)
+            value, grad = self._gradient(climb, bound.at(step, self.steps), x)
             if self.return_best:
                 best.offer(climb.index, x, value, self._fooled(climb, x, self.best_by == "fooled"))
             for i, transform in enumerate(self.transforms):
                 grad, memory[i] = transform(grad, memory[i])
-            x = projection(x + self._alpha * self.direction(grad))
+            x = projection(x + self._move(value, grad))
             if self.stop_when_fooled and step + 1 < self.steps:
                 fooled = self._fooled(climb, x, True)
                 if fooled.any():
@@ -277,6 +278,10 @@ class Iterative(Attack):
             objective = self.diversity.objective(bound, self.diversity.draw(climb.rng, size))
         result = climb.oracle.gradient(x, objective)
         return result.value, torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _move(self, value: Tensor, grad: Tensor) -> Tensor:
+        """The step (B, 3, H, W) from values (B,) and transformed gradients, before it is projected."""
+        return self._alpha * self.direction(grad)
 
     def _fooled(self, climb: _Climb, x: Tensor, asked: bool) -> Tensor:
         """(B,) bool: the victim misclassifies, or reaches the target; all False unless `asked`."""

@@ -53,6 +53,10 @@ class Loss(ABC):
         """What the loss compares with, taken once at the clean images; its first dimension is the batch."""
         return None
 
+    def at(self, step: int, steps: int) -> Loss:
+        """The loss at `step` (from 0) of `steps`; itself unless it has a schedule."""
+        return self
+
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective for `images` (B, 3, H, W) with `targets`."""
         return BoundLoss(self, tuple(targets), self.reference(oracle, images), -1.0 if targeted else 1.0)
@@ -70,6 +74,11 @@ class BoundLoss:
     def __call__(self, oracle: Oracle, images: Tensor | Warped) -> Tensor:
         """Values (B,) to be increased."""
         return self.sign * self.loss(oracle, images, self.targets, self.reference)
+
+    def at(self, step: int, steps: int) -> BoundLoss:
+        """The objective at `step` (from 0) of `steps`; the same one unless the loss has a schedule."""
+        scheduled = self.loss.at(step, steps)
+        return self if scheduled is self.loss else replace(self, loss=scheduled)
 
     def select(self, index: Sequence[int] | Tensor) -> BoundLoss:
         """The objective of some of the images."""

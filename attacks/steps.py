@@ -29,4 +29,10 @@ def l2(grad: Tensor) -> Tensor:
     return grad / length.masked_fill(length == 0, 1.0)
 
 
-STEPS: dict[str, Step] = {"sign": sign, "l2": l2}
+def linf(grad: Tensor) -> Tensor:
+    """The gradient itself at unit L-infinity length per image; a zero gradient stays zero."""
+    length = grad.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+    return grad / length.masked_fill(length == 0, 1.0)
+
+
+STEPS: dict[str, Step] = {"sign": sign, "l2": l2, "linf": linf}
