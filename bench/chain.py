@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import CheckError, PluginError
-from bench.protocols import Defense, Warped, identity_geometry
+from bench.protocols import Defense, Site, Warped, identity_geometry
 from bench.rng import ImageRNG
 
 Step = Callable[[Defense, Tensor, ImageRNG | None], Warped]
@@ -51,6 +51,7 @@ class Chain(Defense):
         self.trained = any(member.trained for member in flat)
         limited = [member.tasks for member in flat if member.tasks is not None]
         self.tasks = frozenset.intersection(*limited) if limited else None
+        self.unavailable = next((member.unavailable for member in flat if member.unavailable), None)
 
     def forward(self, images: Tensor, *args: Any) -> Warped:
         """All members in order; always `Warped`, with the composed geometry."""
@@ -63,6 +64,11 @@ class Chain(Defense):
     def identity(self) -> dict[str, Any]:
         """Name and the identities of all members, in order."""
         return {"name": self.name, "members": [member.identity() for member in self.members]}
+
+    def placed(self, site: Site) -> Chain:
+        """The chain of its members as they stand at `site`."""
+        members = [member.placed(site) for member in self.members]
+        return self if all(a is b for a, b in zip(members, self.members, strict=True)) else Chain(members)
 
     def check_input(self, size: tuple[int, int]) -> None:
         """Raise NotApplicable when a member cannot take the size that reaches it."""

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -28,11 +28,13 @@ from rich.progress import (
 )  # fmt: skip
 from rich.table import Table
 
-from bench.errors import BenchError, GridError, unknown
+from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
+from bench.paper import paper_app
 
 if TYPE_CHECKING:
     from bench.plan import Cell, Options, Plan
     from bench.store import Store
+    from defenses.training.session import Training
 
 app = typer.Typer(
     help="Benchmark input-purification defenses against adversarial attacks, across tasks.",
@@ -42,6 +44,7 @@ zoo_app = typer.Typer(
     help="The embedded target models: list them, rebuild their weights.", no_args_is_help=True
 )
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(paper_app, name="paper")
 # Into a file or pipe, tables are as wide as their content.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -57,6 +60,7 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="At most N images p
 PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the tables; default results/GRID.")]
 DEFAULT_STORE = Path(".bench")
+CHECKPOINTS = "checkpoints"
 Format = Literal["markdown", "csv", "latex", "html", "parquet"]
 
 
@@ -102,12 +106,14 @@ def fail(message: str, code: int) -> None:
 
 
 def _options(
-    grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: Sequence[Path],
+    grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: Sequence[Path], store: Path,
     batch_size: int | None = None,
 ) -> Options:  # fmt: skip
     from bench.plan import Options
 
-    return Options(grid, profile, seed, limit, batch_size, tuple(str(p) for p in plugin))
+    return Options(
+        grid, profile, seed, limit, batch_size, tuple(str(p) for p in plugin), (str(store / CHECKPOINTS),)
+    )
 
 
 def _open(options: Options, store: Path) -> tuple[Plan, Store]:
@@ -137,6 +143,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume/--overwrite", help="Reuse stored results, or recompute.")
     ] = True,
+    train_missing: Annotated[
+        bool,
+        typer.Option("--train-missing", help="First train the learned defenses that have no checkpoint."),
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     out_dir: OutOption = None,
     plugin: PluginOption = [],  # noqa: B006
@@ -147,10 +157,12 @@ def run(
     from bench.runner import environment, overwrite, pending, run_plan
     from bench.tables import notes
 
-    options = _options(grid, profile, seed, limit, plugin, batch_size)
+    options = _options(grid, profile, seed, limit, plugin, store, batch_size)
+    devices = _devices(device)
+    if train_missing:
+        _train_missing(options, store, devices[0])
     plan, opened = _open(options, store)
     _check_tables(plan)
-    devices = _devices(device)
     if not resume:
         overwrite(plan, opened)
     jobs, cached = pending(plan, opened)
@@ -264,6 +276,129 @@ def _print_tables(plan: Plan, frame: Any) -> None:
         out.print()
 
 
+# -- training -------------------------------------------------------------------------------------------------------
+@app.command()
+def train(
+    defense: Annotated[str, typer.Option(help="A learned defense of `list defenses`.")],
+    task: Annotated[str | None, typer.Option(help="Train for the profile's first role of this task.")] = None,
+    role: Annotated[str | None, typer.Option(help="Train for this role of the profile.")] = None,
+    profile: Annotated[str, typer.Option(help="Profile that binds roles to data and weights.")] = "mini",
+    recipe: Annotated[str | None, typer.Option(help="Recipe; default: the defense's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, order and attacks.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda:N; default: the first GPU, else the CPU.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    store: StoreOption = DEFAULT_STORE,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the checkpoint; default: STORE/checkpoints.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train again what is there already.")
+    ] = False,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Train a learned defense; the same command goes on where an interrupted one stopped."""
+    from bench.registry import DEFENSES, load_plugin
+    from defenses.training.session import Precision, plan_training
+
+    for file in plugin:
+        load_plugin(file)
+    name = _trainable(defense, recipe)
+    if precision not in get_args(Precision):
+        raise GridError(f"--precision: {unknown('precision', precision, get_args(Precision))}")
+    try:
+        training = plan_training(profile, _role(profile, role, task), name, seed)
+    except NotApplicable as error:
+        raise GridError(error.reason) from None
+    if training.recipe.defense != defense:
+        DEFENSES.resolve(defense)
+        raise GridError(
+            f"--recipe: '{name}' is a recipe of defense '{training.recipe.defense}', not of '{defense}'"
+        )
+    folder = out_dir or store / CHECKPOINTS
+    path, _ = training.find([folder])
+    if path is not None and not overwrite:
+        out.print(f"{training.name} is there already: {path}")
+        return
+    _train(training, store, folder, _devices(device)[0], precision)
+
+
+def _trainable(defense: str, recipe: str | None) -> str:
+    from bench.registry import DEFENSES
+    from defenses.training.recipe import RECIPES
+
+    cls = DEFENSES.resolve(defense, "--defense")
+    known = {name for name, r in RECIPES.items() if r.defense == defense}
+    if not known:
+        trained = sorted({r.defense for r in RECIPES.values()})
+        reason = cls.unavailable or "there is nothing to train"
+        raise GridError(f"--defense: '{defense}': {reason}; trainable are {', '.join(trained)}")
+    if recipe is not None and recipe not in RECIPES:
+        raise GridError(f"--recipe: {unknown(f'recipe of {defense}', recipe, known)}")
+    return recipe or defense
+
+
+def _role(profile: str, role: str | None, task: str | None) -> str:
+    """The role that is meant by either option."""
+    from bench.grid import load_profile, split_spec
+    from bench.registry import MODELS
+
+    bound, source = load_profile(profile)
+    if (role is None) == (task is None):
+        raise GridError("give either --role or --task")
+    if role is not None:
+        if role not in bound.roles:
+            raise GridError(f"{source}, --role: {unknown('role', role, bound.roles)}")
+        return role
+    tasks: dict[str, str] = {}
+    for name, binding in bound.roles.items():
+        model, params, _ = split_spec(binding.model, f"{source}, roles.{name}.model")
+        tasks.setdefault(MODELS.create(model, params, f"{source}, roles.{name}.model").task, name)
+    if task not in tasks:
+        raise GridError(f"{source}, --task: {unknown('task', str(task), tasks)}")
+    return tasks[str(task)]
+
+
+def _train(training: Training, store: Path, folder: Path, device: str, precision: str = "float32") -> None:
+    import torch
+
+    from bench.progress import duration
+    from defenses.training.session import train as run_training
+
+    own = store / "training" / training.key[:16]
+    with _bars() as progress:
+        meta = run_training(
+            training, own, folder, device=torch.device(device), precision=precision,  # type: ignore[arg-type]
+            progress=_training(training.name, progress),
+        )  # fmt: skip
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in meta.get("scores", {}).items())
+    out.print(escape(f"{training.name}: {duration(meta['seconds'])}; {scores or 'not scored'}"))
+    err.print(escape(f"wrote {folder / training.name}.safetensors; curves in {own}"))
+
+
+def _train_missing(options: Options, store: Path, device: str) -> None:
+    """Train what the grid lacks, after telling how long it will take."""
+    import torch
+
+    from bench.plan import make_plan
+    from bench.progress import duration
+
+    try:
+        make_plan(options)
+        return
+    except MissingCheckpoint as error:
+        trainings = {training.key: training for training in error.trainings}
+    total = 0.0
+    for training in trainings.values():
+        seconds = training.estimate(torch.device(device))
+        total += seconds
+        err.print(escape(f"to train: {training.name}, about {duration(seconds)}"))
+    err.print(escape(f"{len(trainings)} trainings, about {duration(total)} on {device}"))
+    for training in trainings.values():
+        _train(training, store, store / CHECKPOINTS, device)
+
+
 # -- looking --------------------------------------------------------------------------------------------------------
 @app.command("plan")
 def plan_command(
@@ -278,7 +413,7 @@ def plan_command(
     from bench.progress import duration
     from bench.runner import pending
 
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     _check_tables(plan)
     jobs, cached = pending(plan, opened)
     waiting = {job.key: job for job in jobs}
@@ -325,7 +460,7 @@ def table(
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
     if format == "parquet" and output is None:
         raise GridError("--format parquet needs --output FILE")
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     _check_tables(plan)
     specs = plan.grid.tables
     if name is not None:
@@ -399,7 +534,7 @@ def _find(
     plugin: list[Path],
     store: Path,
 ) -> tuple[Cell, Plan, Store]:
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     return plan.cell(cell), plan, opened
 
 
@@ -550,12 +685,16 @@ def zoo_build(
         raise GridError(unknown("zoo model", name, names))
     (device,) = _devices(device)
     for item in names if name == "all" else [name]:
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err, disable=not err.is_terminal,
-        ) as progress:  # fmt: skip
+        with _bars() as progress:
             entry = zoo.build(item, out_dir, seed=seed, device=device, progress=_training(item, progress))
         out.print(f"{item}: " + ", ".join(f"{k} {v}" for k, v in entry["scores"].items()))
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err, disable=not err.is_terminal,
+    )  # fmt: skip
 
 
 def _training(name: str, progress: Progress) -> Callable[[int, int, str], None]:

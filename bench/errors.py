@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class BenchError(Exception):
@@ -35,6 +36,18 @@ class DataError(BenchError):
 
 class WeightsError(BenchError):
     """A checkpoint is missing, unsafe, damaged or belongs to another model."""
+
+
+class MissingCheckpoint(WeightsError):
+    """Learned defenses have no checkpoint for the role they stand in front of.
+
+    Attributes:
+        trainings: what would make them (`defenses.training.session.Training`).
+    """
+
+    def __init__(self, message: str, *trainings: Any) -> None:
+        super().__init__(message)
+        self.trainings = trainings
 
 
 class StoreError(BenchError):

@@ -123,12 +123,41 @@ class Role(_Strict):
     model: PluginSpec
 
 
-class Profile(_Strict):
-    """A profile file: roles bound to data and weights."""
+class Score(_Strict):
+    """How a trained defense is scored: its target on clean and on obliviously attacked images it was not trained on."""
 
-    name: str
+    dataset: dict[str, Any] = Field(
+        default_factory=lambda: {"split": "val"},
+        description="parameters that replace those of the role's dataset",
+    )
+    images: int = Field(default=200, ge=1)
+    attack: PluginSpec
+
+
+class TrainingSettings(_Strict):
+    """How defenses are trained for a role, or for all roles of a task."""
+
+    dataset: dict[str, Any] = Field(
+        default_factory=lambda: {"split": "train"},
+        description="parameters that replace those of the role's dataset",
+    )
+    images: int | None = Field(default=None, ge=1, description="the first N images; all when absent")
+    score: Score | None = None
+    recipes: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="values that replace a recipe's, by defense (for all its recipes), then by recipe",
+    )
+
+
+class Profile(_Strict):
+    """A profile file: roles bound to data and weights, and how defenses are trained on them."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")
     title: str = ""
     roles: dict[str, Role] = Field(min_length=1)
+    training: dict[str, TrainingSettings] = Field(
+        default_factory=dict, description="by role or task; the role's own entry replaces its task's"
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.chain import Chain
-from bench.errors import BenchError, GridError, NotApplicable, PluginError, unknown
+from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, PluginError, unknown
 from bench.grid import Block, DefenseSpec, Grid, PluginSpec, ThreatSpec, load_grid, load_profile, split_spec
 from bench.keys import content_key
-from bench.protocols import Attack, Dataset, Defense, ModelSource, Task
+from bench.protocols import Attack, Dataset, Defense, ModelSource, Site, Task
 from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, TASKS, load_plugin
 
 CLEAN = "clean"
@@ -34,6 +34,7 @@ class Options:
         limit: at most this many images per role.
         batch_size: images per batch; by default the task's.
         plugins: more plug-in files.
+        checkpoints: folders of trained checkpoints, besides the shipped ones.
     """
 
     grid: Path
@@ -42,6 +43,7 @@ class Options:
     limit: int | None = None
     batch_size: int | None = None
     plugins: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def make_plan(options: Options) -> Plan:
     """Resolve a grid into cells.
 
     Raises:
+        MissingCheckpoint: a learned defense has not been trained; it lists everything that is missing.
         BenchError: the grid, the profile or a plug-in is wrong; one line says where.
     """
     grid = load_grid(options.grid)
@@ -163,6 +166,8 @@ class _Planner:
         self._defenses: dict[str, tuple[str, Defense]] = {}
         self._attacks: dict[str, tuple[str, Attack]] = {}
         self._resolving: set[str] = set()
+        self._placed: dict[tuple[int, str], tuple[Defense, Defense | None]] = {}
+        self._missing: dict[str, MissingCheckpoint] = {}
 
     def plan(self) -> Plan:
         for label, spec in self.grid.defenses.items():
@@ -175,6 +180,11 @@ class _Planner:
             self._attack(attack, f"attacks.{label}", label)
         for index, block in enumerate(self.grid.blocks):
             self._block(block, f"blocks[{index}]")
+        if self._missing:
+            errors = list(self._missing.values())
+            more = f" (and {len(errors) - 1} more checkpoints)" if len(errors) > 1 else ""
+            trainings = [training for error in errors for training in error.trainings]
+            raise MissingCheckpoint(f"{self.source}: {errors[0]}{more}", *trainings)
         for name in self.grid.images:
             roles = {target.role for target in self.targets.values()}
             tasks = {target.task for target in self.targets.values()}
@@ -247,6 +257,25 @@ class _Planner:
             self._defenses[shown] = (shown, defense)
         return shown, defense
 
+    def _place(self, defense: Defense, role: str) -> Defense | None:
+        """`defense` in front of `role`; None, and noted, when it has not been trained.
+
+        Raises:
+            NotApplicable: it cannot be trained for this role.
+        """
+        key = (id(defense), role)
+        if key not in self._placed:
+            profile = self.options.profile or self.grid.profile
+            site = Site(profile, role, tuple(Path(p) for p in self.options.checkpoints))
+            placed: Defense | None = None
+            try:
+                placed = defense.placed(site)
+            except MissingCheckpoint as error:
+                self._missing.setdefault(str(error), error)
+            # With the original, which must live as long as its id is a key.
+            self._placed[key] = (defense, placed)
+        return self._placed[key][1]
+
     def _attack(self, spec: PluginSpec, where: str, label: str | None = None) -> tuple[str, Attack]:
         at = f"{self.source}, {where}"
         if label is None and isinstance(spec, str) and spec in self._attacks:
@@ -303,15 +332,29 @@ class _Planner:
         craft: Craft | None = None
         skip: str | None = None
         level, level_label = CLEAN, CLEAN
+        if defense.unavailable is not None:
+            skip = defense.unavailable
+        elif defense.tasks is not None and target.task not in defense.tasks:
+            skip = f"defense '{defense_label}' is for {', '.join(sorted(defense.tasks))}, not {target.task}"
+        else:
+            try:
+                placed = self._place(defense, target.role)
+            except NotApplicable as reason:
+                skip = reason.reason
+            else:
+                if placed is None:
+                    return
+                defense = placed
         if attack is not None and threat is not None:
             level = threat.level
             level_label = self._level_label(threat, where)
-            try:
-                craft = self._craft(target, defense, attack, threat, where)
-            except NotApplicable as reason:
-                skip = reason.reason
-        if defense.tasks is not None and target.task not in defense.tasks:
-            skip = f"defense '{defense_label}' is for {', '.join(sorted(defense.tasks))}, not {target.task}"
+            if skip is None:
+                try:
+                    craft = self._craft(target, defense, attack, threat, where)
+                except NotApplicable as reason:
+                    skip = reason.reason
+                if craft is None and skip is None:
+                    return
         for image_format in self.grid.evaluate.formats:
             identity = (target.role, defense_label, attack_label, level_label, image_format)
             if identity in self.cells:
@@ -351,7 +394,8 @@ class _Planner:
 
     def _craft(
         self, target: Target, defense: Defense, attack: Attack, threat: ThreatSpec, where: str
-    ) -> Craft:
+    ) -> Craft | None:
+        """The adversarial images a cell needs; None when a surrogate has not been trained."""
         sources: tuple[Target, ...] = (target,)
         behind: Defense | None = None
         mode = "none"
@@ -367,7 +411,10 @@ class _Planner:
                     raise NotApplicable(f"transfer from {source.role} to itself is not a transfer")
         elif threat.level == "gray_box":
             assert threat.surrogate is not None
-            behind, mode = self._defense(threat.surrogate, f"{where}.surrogate")[1], "exact"
+            behind = self._place(self._defense(threat.surrogate, f"{where}.surrogate")[1], target.role)
+            if behind is None:
+                return None
+            mode = "exact"
         elif threat.level in ("bpda", "white_box"):
             behind, mode = defense, "exact" if threat.level == "white_box" else "bpda"
         if behind is not None and behind.identity().get("name") == "none":

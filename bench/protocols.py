@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "Oracle",
     "Pixels",
     "Sample",
+    "Site",
     "TargetModel",
     "Task",
     "Warped",
@@ -297,6 +299,21 @@ class Metric(ABC):
 
 
 # -- the defense --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Site:
+    """Where a defense stands: in front of one role of one profile.
+
+    Attributes:
+        profile: the profile, by name or path.
+        role: the role.
+        checkpoints: folders that trained checkpoints are looked for in, besides the shipped ones.
+    """
+
+    profile: str
+    role: str
+    checkpoints: tuple[Path, ...] = ()
+
+
 class Defense(nn.Module):
     """A purifier T: images in [0,1] to images in [0,1], placed in front of any target.
 
@@ -308,6 +325,8 @@ class Defense(nn.Module):
         stochastic: `forward` draws from `rng`; attacks then use EOT and evaluation repeats.
         trained: it has learned weights.
         version: raise it when the output changes for the same parameters.
+        tasks: tasks it can stand in front of; None = all.
+        unavailable: why it cannot be run at all; its cells are skipped with this reason.
     """
 
     name: str = ""
@@ -317,6 +336,7 @@ class Defense(nn.Module):
     trained: bool = False
     version: ClassVar[int] = 1
     tasks: frozenset[str] | None = None
+    unavailable: str | None = None
 
     def forward(self, images: Tensor, *args: Any) -> Tensor | Warped:
         """Purified images; (B, 3, H, W) in, the same or `Warped` out."""
@@ -336,6 +356,15 @@ class Defense(nn.Module):
 
     def check_input(self, size: tuple[int, int]) -> None:
         """Raise NotApplicable when images of `size` (H, W) cannot be purified."""
+
+    def placed(self, site: Site) -> Defense:
+        """The defense as it stands at `site`: a learned one picks the checkpoint that was trained for it.
+
+        Raises:
+            MissingCheckpoint: it has not been trained.
+            NotApplicable: it cannot be trained for this role.
+        """
+        return self
 
     def purify(self, images: Tensor, rng: ImageRNG | None = None) -> Warped:
         """`forward`, validated and clamped to [0,1].

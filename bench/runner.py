@@ -50,7 +50,8 @@ class Manifest:
             "options": {**asdict(self.options), "grid": str(self.options.grid.resolve())},
             "store": str(self.store),
         }
-        data["options"]["plugins"] = [str(Path(p).resolve()) for p in self.options.plugins]
+        for key in ("plugins", "checkpoints"):
+            data["options"][key] = [str(Path(p).resolve()) for p in getattr(self.options, key)]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(data), encoding="utf-8")
         temporary.replace(path)
@@ -61,7 +62,8 @@ class Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         options = data["options"]
         options["grid"] = Path(options["grid"])
-        options["plugins"] = tuple(options["plugins"])
+        for key in ("plugins", "checkpoints"):
+            options[key] = tuple(options[key])
         return cls(Options(**options), Path(data["store"]))
 
 

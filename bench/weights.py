@@ -130,6 +130,24 @@ def load_state(path: str | Path, allow: Iterable[Allowed] = (), *, hint: str = "
     return Weights(state, meta, digest)
 
 
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What a safetensors file says about itself, without its weights; {} when it says nothing.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or damaged.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+        meta = json.loads(header.get(_META, "{}"))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise WeightsError(f"weights file {path} is damaged or truncated: {error}") from None
+    return meta if isinstance(meta, dict) else {}
+
+
 def apply_state(
     module: nn.Module, state: Mapping[str, Tensor], *, what: str, ignore: Sequence[str] = ()
 ) -> None:

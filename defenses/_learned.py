@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from bench.errors import WeightsError
-from bench.protocols import Defense
+from bench.errors import MissingCheckpoint, PluginError, WeightsError
+from bench.protocols import Defense, Site
+from bench.registry import DEFENSES
 from bench.weights import load_state
 from defenses.networks.build import fitting
 from tasks.microbatch import default_size, micro_batches
 
 Space = Literal["unit", "symmetric", "imagenet"]
+TrainSeed = Annotated[int, Field(ge=0)]
+
+#: Parameters that choose the weights; a key holds the weights' digest instead.
+_CHOICE = ("weights", "recipe", "trained_for", "train_seed")
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -41,7 +47,12 @@ class Learned(Defense):
     depend on its batch.
 
     Args:
-        weights: checkpoint; a bare name is also looked for among the shipped ones. None = none yet.
+        weights: checkpoint; a bare name is also looked for among the shipped ones. None = the one trained by `recipe`
+            for the role it stands in front of.
+        recipe: recipe of that checkpoint; None = the defense's own.
+        trained_for: role the checkpoint was trained for; None = the one it stands in front of. Another role makes a
+            cross-model or cross-task cell.
+        train_seed: seed of its training.
         space: value range the network works in; None = what the checkpoint says, or `default_space`.
 
     Attributes:
@@ -62,8 +73,21 @@ class Learned(Defense):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, weights: Path | None, space: Space | None = None) -> None:
+    def __init__(
+        self,
+        weights: Path | None,
+        space: Space | None = None,
+        recipe: str | None = None,
+        trained_for: str | None = None,
+        train_seed: int = 0,
+    ) -> None:
         super().__init__()
+        if weights is not None and (recipe is not None or trained_for is not None or train_seed != 0):
+            raise PluginError(
+                f"defense '{self.kind}': recipe, trained_for and train_seed choose a checkpoint; weights names one: "
+                "give either"
+            )
+        self._choice = (recipe or self.kind, trained_for, train_seed)
         self.network: torch.nn.Module | None = None
         self.sha256 = ""
         self.meta: dict[str, Any] = {}
@@ -107,15 +131,48 @@ class Learned(Defense):
         """Images per call of the network."""
         return default_size(device)
 
+    def placed(self, site: Site) -> Defense:
+        """With the checkpoint that its recipe, profile, role and seed name; itself when it has weights.
+
+        Raises:
+            MissingCheckpoint: it has not been trained.
+            BenchError: the profile or the recipe cannot be used.
+        """
+        if self.ready or not self.kind:
+            return self
+        # The training imports defenses; a defense that is never trained needs none of it.
+        from defenses.training.session import plan_training
+
+        recipe, trained_for, seed = self._choice
+        training = plan_training(site.profile, trained_for or site.role, recipe, seed)
+        if training.recipe.defense != self.kind:
+            raise PluginError(
+                f"defense '{self.kind}': recipe '{recipe}' is one of defense '{training.recipe.defense}'"
+            )
+        path, reason = training.find(site.checkpoints)
+        if path is None:
+            raise MissingCheckpoint(
+                f"defense '{self.kind}' has no checkpoint {training.name} ({reason}): {training.command} makes it, "
+                "and run --train-missing all that a grid lacks",
+                training,
+            )
+        params = {k: v for k, v in self.params.items() if k not in _CHOICE}
+        placed = DEFENSES.create(self.name, {**params, "weights": str(path)})
+        placed.eval().requires_grad_(False)
+        return placed
+
     def identity(self) -> dict[str, Any]:
-        """Name and parameters, with the digest of the weights in place of their path.
+        """Name and parameters; in place of the weights' path their digest, and what they say of their training.
 
         Raises:
             WeightsError: there are no weights.
         """
         self._network()
-        params = {key: value for key, value in self.params.items() if key != "weights"}
-        return {"name": self.name, "params": params, "version": self.version, "weights": self.sha256}
+        params = {key: value for key, value in self.params.items() if key not in _CHOICE}
+        trained = {key: self.meta[key] for key in ("recipe", "profile", "role", "seed") if key in self.meta}
+        return {
+            "name": self.name, "params": params, "version": self.version, "weights": self.sha256, "trained": trained,
+        }  # fmt: skip
 
     def _network(self) -> torch.nn.Module:
         if self.network is None:
@@ -123,7 +180,7 @@ class Learned(Defense):
         return self.network
 
     def _how(self) -> str:
-        own = f"python -m bench train --defense {self.kind} --task TASK --profile PROFILE makes them"
+        own = f"python -m bench train --defense {self.kind} --role ROLE --profile PROFILE makes them"
         return f"{self.source}; {own}" if self.source else own
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned
+from defenses._learned import Learned, TrainSeed
 
 
 @DEFENSES.register_module(name="alignment")
@@ -28,7 +28,8 @@ class Alignment(Learned):
     the generator.
 
     Args:
-        weights: checkpoint.
+        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
+        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
         size: side at which the network runs; None = that of the images.
 
     Raises:
@@ -39,8 +40,15 @@ class Alignment(Learned):
     kind = "alignment"
     default_space = "symmetric"
 
-    def __init__(self, weights: Path | None = None, size: Annotated[int, Field(ge=8)] | None = None) -> None:
-        super().__init__(weights, "symmetric")
+    def __init__(
+        self,
+        weights: Path | None = None,
+        recipe: str | None = None,
+        trained_for: str | None = None,
+        train_seed: TrainSeed = 0,
+        size: Annotated[int, Field(ge=8)] | None = None,
+    ) -> None:
+        super().__init__(weights, "symmetric", recipe, trained_for, train_seed)
         self.size = size
 
     def purified(self, images: Tensor) -> Tensor:

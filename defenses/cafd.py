@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned
+from defenses._learned import Learned, TrainSeed
 
 
 @DEFENSES.register_module(name="cafd")
@@ -19,7 +19,8 @@ class CAFD(Learned):
     Limitations: no gradient is masked; the paper itself reports 95 % error under PGD through the denoiser.
 
     Args:
-        weights: checkpoint.
+        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
+        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
 
     Raises:
         WeightsError: the checkpoint is missing, unreadable or of another network.
@@ -28,5 +29,11 @@ class CAFD(Learned):
     networks = ("dunet",)
     kind = "cafd"
 
-    def __init__(self, weights: Path | None = None) -> None:
-        super().__init__(weights, "unit")
+    def __init__(
+        self,
+        weights: Path | None = None,
+        recipe: str | None = None,
+        trained_for: str | None = None,
+        train_seed: TrainSeed = 0,
+    ) -> None:
+        super().__init__(weights, "unit", recipe, trained_for, train_seed)

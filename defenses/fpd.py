@@ -25,12 +25,7 @@ class FPD(Defense):
     """
 
     trained = True
-    # A task nobody has: the plan skips every cell before anything is made for it.
-    tasks = frozenset({"nothing (FPD has no public code)"})
-
-    def check_input(self, size: tuple[int, int]) -> None:
-        """Raises NotApplicable, always."""
-        raise NotApplicable(REASON)
+    unavailable = REASON
 
     def forward(self, images: Tensor, *args: Any) -> Tensor:
         """Raises NotApplicable, always."""

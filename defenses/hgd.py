@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned, Space
+from defenses._learned import Learned, Space, TrainSeed
 
 
 @DEFENSES.register_module(name="hgd")
@@ -22,7 +22,8 @@ class HGD(Learned):
     Limitations: no gradient is masked. The paper evaluates obliviously: attacks do not see the denoiser.
 
     Args:
-        weights: checkpoint.
+        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
+        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
         space: value range of the network; None = what the checkpoint says, else unit.
 
     Raises:
@@ -32,5 +33,12 @@ class HGD(Learned):
     networks = ("dunet", "dae")
     kind = "hgd"
 
-    def __init__(self, weights: Path | None = None, space: Space | None = None) -> None:
-        super().__init__(weights, space)
+    def __init__(
+        self,
+        weights: Path | None = None,
+        recipe: str | None = None,
+        trained_for: str | None = None,
+        train_seed: TrainSeed = 0,
+        space: Space | None = None,
+    ) -> None:
+        super().__init__(weights, space, recipe, trained_for, train_seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.protocols import ImageRNG, Pixels
 from bench.registry import DEFENSES
-from defenses._learned import Learned
+from defenses._learned import Learned, TrainSeed
 
 
 @DEFENSES.register_module(name="nrp")
@@ -29,7 +29,8 @@ class NRP(Learned):
     Limitations: no gradient is masked; the authors publish a script that goes through it.
 
     Args:
-        weights: checkpoint.
+        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
+        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
         dynamic: noise before the purifier.
         sigma: standard deviation of that noise.
         eps: radius of the ball it is projected to.
@@ -45,11 +46,14 @@ class NRP(Learned):
     def __init__(
         self,
         weights: Path | None = None,
+        recipe: str | None = None,
+        trained_for: str | None = None,
+        train_seed: TrainSeed = 0,
         dynamic: bool = False,
         sigma: Annotated[float, Field(ge=0)] = 0.05,
         eps: Pixels = Fraction(16, 255),
     ) -> None:
-        super().__init__(weights, "unit")
+        super().__init__(weights, "unit", recipe, trained_for, train_seed)
         self.stochastic = dynamic
         self.sigma, self.eps = sigma, float(eps)
 

@@ -31,6 +31,11 @@ class Adversary(Protocol):
         ...
 
 
+def attacks_identity(attacks: Sequence[tuple[Attack, float]], static: bool) -> Any:
+    """What an `AttackAdversary` is, for the recipe's key; needs no target."""
+    return {"attacks": [{"attack": a.identity(), "weight": w} for a, w in attacks], "static": static}
+
+
 class AttackAdversary:
     """Attacks on the bare target through the harness's own oracle (level oblivious).
 
@@ -62,8 +67,7 @@ class AttackAdversary:
 
     def identity(self) -> Any:
         """The attacks with their weights, and whether their images are kept."""
-        attacks = [{"attack": a.identity(), "weight": w} for a, w in self.attacks]
-        return {"attacks": attacks, "static": self.static}
+        return attacks_identity(self.attacks, self.static)
 
     def prepare(self, batches: Iterable[Batch], cache: Path | None, key: str) -> None:
         """Attack all images of a static adversary, in this order; nothing to do for another.

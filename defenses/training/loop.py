@@ -74,7 +74,11 @@ class Trainer:
         state: file that holds everything needed to go on; it is replaced as a whole. None = not resumable.
         save_every: steps between states; the end of an epoch always saves.
         device: where the networks run.
-        precision: `float32`, or `bfloat16` for the forward passes (autocast).
+        precision: `float32`; `bfloat16` or `float16` (on a GPU, losses scaled) for the forward passes (autocast).
+
+    Attributes:
+        step, total: steps done, and in all.
+        seconds: time it took up to the newest state, interrupted runs included.
 
     Raises:
         BenchError: the recipe does not fit the data or the target, or the state belongs to another recipe.
@@ -91,13 +95,15 @@ class Trainer:
         state: Path | None = None,
         save_every: int | None = None,
         device: torch.device | str = "cpu",
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         if len(samples) < 1:
             raise DataError(f"recipe of {recipe.defense}: there are no training images")
         self.recipe, self.samples, self.adversary, self.key = recipe, samples, adversary, key
         self.state_file, self.save_every = state, save_every
         self.device, self.precision = torch.device(device), precision
+        if precision == "float16" and self.device.type != "cuda":
+            raise PluginError(f"precision float16 needs a GPU, not {self.device}; bfloat16 works everywhere")
         self.objective = objective(recipe.objective, dict(recipe.objective_args))
         if not self.objective.attacked:
             self.adversary = None
@@ -125,10 +131,16 @@ class Trainer:
         self.optimizers = {"network": self._adam(self.network)}
         if self.critic is not None:
             self.optimizers["critic"] = self._adam(self.critic)
+        # float16 gradients underflow without it; disabled it does nothing.
+        self.scalers = {
+            name: torch.amp.GradScaler(enabled=precision == "float16") for name in self.optimizers
+        }
         # A last batch of one image has no batch statistics worth the name; it is left out, but for tiny data.
         self.per_epoch = max(len(samples) // recipe.batch, 1)
         self.total = self.per_epoch * recipe.epochs
         self.step = 0
+        self.seconds = 0.0
+        self._began = time.perf_counter()
         self.history = History()
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -157,8 +169,9 @@ class Trainer:
         if self.state_file is not None:
             cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
         with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
+            self._began = time.perf_counter()
             if self.step < end and self.adversary is not None:
-                self.adversary.prepare(self._in_order(), cache, self.key)
+                self.adversary.prepare(self._in_order(progress), cache, self.key)
             while self.step < end:
                 epoch, index = divmod(self.step, self.per_epoch)
                 self._prepare_epoch(epoch, index)
@@ -201,6 +214,7 @@ class Trainer:
             "space": self.recipe.space,
             "key": self.key,
             "steps": self.step,
+            "precision": self.precision,
             "losses": self.history.epochs[-1] if self.history.epochs else {},
         }
         network = self.network if self.average is None else self.average.module
@@ -261,15 +275,20 @@ class Trainer:
         total = torch.stack([value.float() for value in terms.values()]).sum()
         if not total.requires_grad:
             raise PluginError(f"recipe of {self.recipe.defense}: none of its loss terms trains the {name}")
-        total.backward()
+        scaler = self.scalers[name]
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
         norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        if not norms or not torch.isfinite(torch.stack(norms)).all():
+        # A scaled step that overflows is left out, and the scale lowered: that is how the scale is found.
+        overflow_is_fatal = not scaler.is_enabled() or scaler.get_scale() < 1.0
+        if not norms or (overflow_is_fatal and not torch.isfinite(torch.stack(norms)).all()):
             largest = max(values, key=lambda term: abs(values[term]))
             self._diverged(
                 f"the gradient of the {name} is not finite; "
                 f"its largest loss term is '{largest}' = {values[largest]:.4g}"
             )
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         return values
 
     def _diverged(self, what: str) -> None:
@@ -290,7 +309,7 @@ class Trainer:
     def _autocast(self) -> Any:
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
     # -- data -------------------------------------------------------------------------------------------------------
     def _batch(self, epoch: int, index: int) -> Batch:
@@ -305,8 +324,10 @@ class Trainer:
             )
         return Batch.of(chosen).to(self.device)
 
-    def _in_order(self) -> Iterator[Batch]:
+    def _in_order(self, progress: Progress | None) -> Iterator[Batch]:
         for first in range(0, len(self.samples), self.recipe.batch):
+            if progress is not None:
+                progress(self.step, self.total, f"adversarial images: {first} of {len(self.samples)}")
             chosen = range(first, min(first + self.recipe.batch, len(self.samples)))
             yield Batch.of([self.samples[i] for i in chosen]).to(self.device)
 
@@ -345,6 +366,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state: weights, moments, position, history. All of the file or nothing."""
         self.saved_step = self.step
+        self.seconds, self._began = self.seconds + time.perf_counter() - self._began, time.perf_counter()
         if self.state_file is None:
             return
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
@@ -357,7 +379,8 @@ class Trainer:
                 tensors |= {f"adam.{which}.{index}.{name}": value for name, value in moments.items()}
         meta = {
             "version": STATE_VERSION, "key": self.key, "step": self.step,
-            "history": self.history.epochs, "sums": self._sums, "counts": self._counts, "saved": time.time(),
+            "history": self.history.epochs, "sums": self._sums, "counts": self._counts, "seconds": self.seconds,
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
         }  # fmt: skip
         save_safetensors(self.state_file, tensors, meta=meta)
 
@@ -385,6 +408,10 @@ class Trainer:
         self.step = self.saved_step = meta["step"]
         self.history = History([dict(epoch) for epoch in meta["history"]])
         self._sums, self._counts = dict(meta["sums"]), dict(meta["counts"])
+        self.seconds = float(meta.get("seconds", 0.0))
+        for name, state in meta.get("scalers", {}).items():
+            if state:
+                self.scalers[name].load_state_dict(state)
         logger.info("training of %s goes on after step %d of %d", self.recipe.defense, self.step, self.total)
 
 

@@ -47,6 +47,7 @@ class Recipe:
         linear_decay: epochs at the end over which the learning rate falls to 0 in a line.
         reset_moments: Adam starts anew in every epoch, as CAFD's code makes it.
         flip: horizontal flips, half of the time (classification).
+        tasks: tasks whose targets can guide it; None = all.
         seed: of initial weights, order, flips and attacks.
     """
 
@@ -71,6 +72,7 @@ class Recipe:
     linear_decay: int = 0
     reset_moments: bool = False
     flip: bool = False
+    tasks: tuple[str, ...] | None = None
     seed: int = 0
 
     def but(self, **changes: Any) -> Recipe:
@@ -96,6 +98,7 @@ class Recipe:
         """
         own = asdict(self)
         del own["attacks"], own["static"]  # `adversary` says the same with all defaults filled in
+        del own["tasks"]
         return {
             "kind": "training", "version": VERSION, "recipe": own,
             "target": target, "data": data, "adversary": adversary,
@@ -162,7 +165,7 @@ _HGD = Recipe(
 _CAFD = Recipe(
     "cafd", "dunet", "cafd", {"bias": True, "bn_momentum": 0.9}, "unit", {}, "cafd", {"width": 32},
     attacks=({"name": "cafa", "params": {"mode": "code"}},), static=True, epochs=70, batch=300, lr=1e-3,
-    weight_decay=2e-4, milestones=(40, 50, 60), gamma=0.3, reset_moments=True,
+    weight_decay=2e-4, milestones=(40, 50, 60), gamma=0.3, reset_moments=True, tasks=("classification", "segmentation"),
 )  # fmt: skip
 _NRP = Recipe(
     "nrp", "nrp", "nrp", {}, "unit", {}, "nrp", {"width": 64},
