@@ -278,6 +278,12 @@ class Entry:
             _SUPERSCRIPT
         )
 
+    def markdown(self) -> str:
+        """The cell in GitHub markdown."""
+        # <ins>, because GitHub drops <u>.
+        text = f"<ins>{self.text}</ins>" if self.underline else self.text
+        return (f"**{text}**" if self.bold else text) + self.marks()
+
 
 @dataclass(frozen=True)
 class Table:
@@ -330,7 +336,7 @@ def pivot(lines: pd.DataFrame, spec: TableSpec, orders: Orders | None = None) ->
     Raises:
         GridError: as `build`.
     """
-    return build(lines, spec, orders).strings(_markdown_entry)
+    return build(lines, spec, orders).strings(Entry.markdown)
 
 
 def build(lines: pd.DataFrame, spec: TableSpec, orders: Orders | None = None) -> Table:
@@ -668,10 +674,7 @@ def _markdown(table: Table) -> str:
     body = [
         [
             *row,
-            *(
-                _markdown_entry(table.entries[row, c]) if (row, c) in table.entries else ""
-                for c in table.columns
-            ),
+            *(table.entries[row, c].markdown() if (row, c) in table.entries else "" for c in table.columns),
         ]
         for row in table.rows
     ]
@@ -860,12 +863,6 @@ def _plain(label: str) -> str:
     return label.rstrip("↑↓").rstrip().removesuffix(" (%)")
 
 
-def _markdown_entry(item: Entry) -> str:
-    # <ins>, because GitHub drops <u>.
-    text = f"<ins>{item.text}</ins>" if item.underline else item.text
-    return (f"**{text}**" if item.bold else text) + item.marks()
-
-
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -886,9 +883,16 @@ _LATEX = str.maketrans(
         "≥": r"$\geq$",
         "≤": r"$\leq$",
         "×": r"$\times$",
+        "✗": r"$\times$",
         "–": "--",
         "…": r"\ldots{}",
         "†": r"$^\dagger$",
+        "∞": r"$\infty$",
+        "ε": r"$\varepsilon$",
+        "→": r"$\to$",
+        "⇒": r"$\Rightarrow$",
+        "⊕": r"$\oplus$",
+        "✓": r"$\surd$",
     }
 )
 

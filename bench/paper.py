@@ -1,0 +1,540 @@
+"""The papers' tables: every printed number, in the paper's own layout, and our numbers beside them.
+
+`results/paper/PAPER.csv` holds one line a printed cell, `results/paper/tables.yaml` how the paper arranges and marks
+them; `results/paper/README.md` says what a column means. A table is named PAPER/TABLE, such as cafd/table1.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from bench.errors import GridError, unknown
+
+if TYPE_CHECKING:
+    from bench.tables import Table
+
+__all__ = [
+    "LEVEL_OF",
+    "PAPERS",
+    "Layout",
+    "PrintedCell",
+    "PrintedPanel",
+    "PrintedTable",
+    "Value",
+    "frame_metric",
+    "layout",
+    "paper_app",
+    "printed_table",
+    "render",
+    "table_ids",
+    "values",
+]
+
+ROOT = Path(__file__).resolve().parent.parent / "results" / "paper"
+PAPERS = ("cafd", "alignment", "nrp", "hgd")
+FORMATS = ("markdown", "csv", "latex", "html")
+
+LEVEL_OF = {
+    "clean": "clean",
+    "oblivious": "oblivious",
+    "black_box": "transfer",
+    "bpda": "bpda",
+    "white_box_adaptive": "white_box",
+    "gray_box": "gray_box",
+    # The defense was made for another model; the attacker still sees the bare target.
+    "cross_model": "oblivious",
+    "model_transfer": "oblivious",
+}
+"""The papers' threat models -> threat levels of the frame."""
+
+_METRICS = {
+    "accuracy_percent": ("accuracy", "accuracy (%)"),
+    "error_rate_percent": ("error_rate", "error rate (%)"),
+    "attack_success_percent": ("error_rate", "attack success (%)"),
+    "miou_percent": ("miou", "mIoU (%)"),
+    "map_percent": ("box_map50", "mAP (%)"),
+    "top1": ("accuracy", "top-1 accuracy (%)"),
+    "top5": (None, "top-5 accuracy (%)"),
+    "l1_denoising_loss": (None, "L1 denoising loss"),
+    "normalized_score": (None, "normalized score"),
+    "seconds": (None, "seconds"),
+    "rank": (None, "rank"),
+}
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Value:
+    """One printed cell.
+
+    Attributes:
+        paper, table: where it stands.
+        task, dataset, target_model: what is evaluated; empty where the paper does not say.
+        source_model: where gradients, or the defense's training, come from when that is another model.
+        threat: one of `LEVEL_OF`.
+        defense, attack: our ids; `defense_label` and `attack_label` as printed.
+        eps: L-infinity budget in units of 1/255, as text; empty for clean images and other norms.
+        metric: unit included, such as error_rate_percent.
+        higher_is_better: from the defender's side.
+        text: the number as printed; empty for a dash and where the source text is illegible.
+        provenance: printed; cleaned (stray marks removed, digits intact); other table (damaged here, taken from the
+            same cell printed elsewhere); dash (not reported); illegible.
+        note: what else a reader should know.
+    """
+
+    paper: str
+    table: str
+    task: str
+    dataset: str
+    target_model: str
+    source_model: str
+    threat: str
+    defense: str
+    defense_label: str
+    attack: str
+    attack_label: str
+    eps: str
+    metric: str
+    higher_is_better: bool
+    text: str
+    provenance: str
+    note: str
+
+    @property
+    def number(self) -> float:
+        """The printed number; NaN where there is none."""
+        return float(self.text) if self.text else math.nan
+
+    @property
+    def level(self) -> str:
+        """Threat level in the frame's words."""
+        return LEVEL_OF[self.threat]
+
+
+@lru_cache
+def values(paper: str) -> tuple[Value, ...]:
+    """All printed cells of a paper, table by table, row by row.
+
+    Raises:
+        GridError: no such paper.
+    """
+    if paper not in PAPERS:
+        raise GridError(unknown("paper", paper, PAPERS))
+    with (ROOT / f"{paper}.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Value(
+                paper=paper,
+                higher_is_better=line.pop("higher_is_better") == "true",
+                text=line.pop("value"),
+                **line,
+            )
+            for line in csv.DictReader(file)
+        )
+
+
+def frame_metric(value: Value) -> str | None:
+    """The metric of the frame that measures what a printed cell does; None where there is none."""
+    if value.task == "segmentation" and value.metric == "accuracy_percent":
+        return "pixel_accuracy"
+    if value.task == "instance_segmentation" and value.metric == "map_percent":
+        return "mask_map50"
+    return _METRICS[value.metric][0]
+
+
+# -- layout ---------------------------------------------------------------------------------------------------------
+Where = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which values a table sets off; the keys of `marks` in tables.yaml."""
+
+    best: bool = False
+    second: bool = False
+    within: Sequence[str] = ()
+    exclude: Where = field(default_factory=dict)
+    pick: str = ""
+    basis: str = "none"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a table with a heading of its own; a panel in tables.yaml."""
+
+    title: str = ""
+    corner: Sequence[str] | None = None
+    where: Where = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one table is printed; the keys of tables.yaml."""
+
+    id: str
+    paper: str
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    corner: Sequence[str] = ("",)
+    over: Sequence[str] = ()
+    names: Mapping[str, Mapping[str, str | Sequence[str]]] = field(default_factory=dict)
+    panels: Sequence[Part] = (Part(),)
+    suffix: Sequence[Mapping[str, Any]] = ()
+    marks: Marks = field(default_factory=Marks)
+    notes: Sequence[str] = ()
+
+    def label(self, value: Value, axis: Sequence[str]) -> tuple[str, ...]:
+        """A value's header labels along `rows` or `columns`, outermost first."""
+        found: list[str] = []
+        for name in axis:
+            raw = getattr(value, name)
+            shown = self.names.get(name, {}).get(raw, raw)
+            found.extend([shown] if isinstance(shown, str) else shown)
+        return tuple(found)
+
+
+@lru_cache
+def _layouts() -> dict[str, Layout]:
+    from bench.grid import read_yaml
+
+    found: dict[str, Layout] = {}
+    for paper, book in read_yaml(ROOT / "tables.yaml").items():
+        shared = {key: book[key] for key in ("corner", "rows", "columns", "names", "suffix") if key in book}
+        for table, own in book["tables"].items():
+            spec = {**shared, **own}
+            spec["names"] = {**shared.get("names", {}), **own.get("names", {})}
+            spec["panels"] = tuple(Part(**panel) for panel in own.get("panels", ({},)))
+            spec["marks"] = Marks(**own.get("marks", {}))
+            number = table.removeprefix("table")
+            spec["title"] = f"{book['name']}, Table {number}: {own['title']}"
+            found[f"{paper}/{table}"] = Layout(id=f"{paper}/{table}", paper=paper, **spec)
+    return found
+
+
+def table_ids() -> tuple[str, ...]:
+    """All tables, in the papers' order."""
+    return tuple(_layouts())
+
+
+def layout(id: str) -> Layout:
+    """How a table is printed.
+
+    Raises:
+        GridError: no such table.
+    """
+    if id not in _layouts():
+        raise GridError(unknown("table", id, _layouts()))
+    return _layouts()[id]
+
+
+# -- printed tables -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PrintedCell:
+    """A value as the table shows it: `text` with its suffix, – for a dash, ? where the source text is illegible."""
+
+    value: Value
+    text: str
+    bold: bool = False
+    underline: bool = False
+    notes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PrintedPanel:
+    """A part of a table: `cells[row][column]`, None where the paper has no cell."""
+
+    title: str
+    corner: tuple[str, ...]
+    columns: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str, ...], ...]
+    cells: tuple[tuple[PrintedCell | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class PrintedTable:
+    """A table in the paper's layout.
+
+    Attributes:
+        id: PAPER/TABLE.
+        title: paper, number and what it shows.
+        caption: metrics and threat models.
+        over: header lines above all columns.
+        panels: its parts, top to bottom.
+        footnotes: how damaged cells were read; `PrintedCell.notes` counts them from 1.
+        notes: slips of the paper and choices of ours.
+    """
+
+    id: str
+    title: str
+    caption: str
+    over: tuple[str, ...]
+    panels: tuple[PrintedPanel, ...]
+    footnotes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def printed_table(id: str) -> PrintedTable:
+    """A table of a paper as it is printed.
+
+    Raises:
+        GridError: no such table.
+    """
+    spec = layout(id)
+    chosen = [value for value in values(spec.paper) if f"{spec.paper}/{value.table}" == id]
+    footnotes: dict[str, int] = {}
+    panels = []
+    for part in spec.panels:
+        inside = [value for value in chosen if _matches(value, part.where)]
+        grid = {(spec.label(v, spec.rows), spec.label(v, spec.columns)): v for v in inside}
+        if len(grid) < len(inside):
+            raise ValueError(f"{id}: {len(inside)} values for {len(grid)} cells")
+        marked = _marked(spec, inside)
+        rows = tuple(dict.fromkeys(row for row, _ in grid))
+        columns = tuple(dict.fromkeys(column for _, column in grid))
+        cells = tuple(
+            tuple(
+                _cell(spec, grid[row, column], marked, footnotes) if (row, column) in grid else None
+                for column in columns
+            )
+            for row in rows
+        )
+        panels.append(PrintedPanel(part.title, tuple(part.corner or spec.corner), columns, rows, cells))
+    return PrintedTable(
+        id, spec.title, _caption(chosen), tuple(spec.over), tuple(panels), tuple(footnotes), tuple(spec.notes)
+    )
+
+
+def _matches(value: Value, where: Where) -> bool:
+    return all(getattr(value, name) in wanted for name, wanted in where.items())
+
+
+def _marked(spec: Layout, inside: Sequence[Value]) -> dict[Value, str]:
+    """Value -> best or second. Equal values share a mark; the second is the next value after the best."""
+    marks, found = spec.marks, {}
+    groups: dict[tuple[str, ...], list[Value]] = {}
+    for value in inside if marks.best else ():
+        if value.text and not (marks.exclude and _matches(value, marks.exclude)):
+            key = (*spec.label(value, spec.columns), *(getattr(value, name) for name in marks.within))
+            groups.setdefault(key, []).append(value)
+    for rivals in groups.values():
+        high = marks.pick == "high" if marks.pick else rivals[0].higher_is_better
+        ranked = sorted({value.number for value in rivals}, reverse=high)
+        names = dict(zip(ranked, ("best", "second") if marks.second else ("best",), strict=False))
+        found.update({value: names[value.number] for value in rivals if value.number in names})
+    return found
+
+
+def _cell(spec: Layout, value: Value, marked: Mapping[Value, str], footnotes: dict[str, int]) -> PrintedCell:
+    text = value.text + "".join(rule["text"] for rule in spec.suffix if _matches(value, rule["where"]))
+    notes: tuple[int, ...] = ()
+    if value.provenance == "dash":
+        text = "–"
+    elif value.provenance == "illegible":
+        text = "?"
+    if value.provenance not in ("printed", "dash"):
+        notes = (footnotes.setdefault(value.note, len(footnotes) + 1),)
+    mark = marked.get(value)
+    return PrintedCell(value, text, bold=mark == "best", underline=mark == "second", notes=notes)
+
+
+def _caption(chosen: Sequence[Value]) -> str:
+    parts = []
+    for higher in (True, False):
+        metrics = dict.fromkeys(
+            _METRICS[v.metric][1] for v in chosen if v.higher_is_better is higher and v.metric != "rank"
+        )
+        if metrics:
+            parts.append(
+                f"{', '.join(metrics)}: {'higher' if higher else 'lower'} is better for the defender"
+            )
+    threats = dict.fromkeys(v.threat.replace("_", " ") for v in chosen)
+    return "; ".join([*parts, f"threat model: {', '.join(threats)}"])
+
+
+# -- writers --------------------------------------------------------------------------------------------------------
+def render(id: str, format: str = "markdown") -> str:
+    """A table of a paper as text: markdown, latex and html in its layout, csv as plain numbers.
+
+    Raises:
+        GridError: no such table or format.
+    """
+    if format not in FORMATS:
+        raise GridError(unknown("format", format, FORMATS))
+    table = printed_table(id)
+    if format == "markdown":
+        return _markdown(table)
+    if format == "csv":
+        return _csv(table)
+    from bench.tables import write_table
+
+    return "\n".join(write_table(part, format) for part in _plain_tables(table))
+
+
+def _markdown(table: PrintedTable) -> str:
+    """Header levels below the first are rows in bold, and so are the titles of parts: markdown has one header row."""
+    from bench.tables import Entry
+
+    blocks: list[list[list[str]]] = []
+    previous: tuple[Any, ...] = ()
+    for panel in table.panels:
+        heads = (panel.corner, panel.columns)
+        if heads != previous:
+            blocks.append(_header(table.over, panel))
+        previous = heads
+        width = len(panel.corner) + len(panel.columns)
+        if panel.title:
+            blocks[-1].append([f"**{panel.title}**"] + [""] * (width - 1))
+        for labels, cells in zip(_merged(panel.rows), panel.cells, strict=True):
+            shown = [
+                ""
+                if c is None
+                else Entry(c.text, bold=c.bold, underline=c.underline, notes=c.notes).markdown()
+                for c in cells
+            ]
+            blocks[-1].append([*labels, *shown])
+    texts = [_pipe(block, len(table.panels[0].corner)) for block in blocks]
+    foot = "  \n".join(f"{Entry('', notes=(i,)).marks()} {text}" for i, text in enumerate(table.footnotes, 1))
+    notes = "\n".join(f"- {text}" for text in table.notes)
+    parts = [f"### {table.title}", table.caption, *texts, foot, notes]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(over: Sequence[str], panel: PrintedPanel) -> list[list[str]]:
+    depth = len(panel.columns[0])
+    lines = [[head] + [""] * (len(panel.columns) - 1) for head in over]
+    merged = list(_merged(panel.columns))
+    lines += [[labels[level] for labels in merged] for level in range(depth)]
+    lines = [line for line in lines if any(line)]
+    stub = [list(panel.corner)] + [[""] * len(panel.corner)] * (len(lines) - 1)
+    rows = [[*left, *right] for left, right in zip(stub, lines, strict=True)]
+    return [rows[0], *([f"**{text}**" if text else "" for text in row] for row in rows[1:])]
+
+
+def _merged(keys: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Header tuples in which a label that continues the one before it is left blank; the innermost always shows."""
+    previous: tuple[str, ...] = ()
+    for key in keys:
+        yield tuple(
+            "" if i + 1 < len(key) and previous[: i + 1] == key[: i + 1] else label
+            for i, label in enumerate(key)
+        )
+        previous = key
+
+
+def _pipe(rows: Sequence[Sequence[str]], stub: int) -> str:
+    from tabulate import tabulate
+
+    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+    align = ["left"] * stub + ["right"] * (len(rows[0]) - stub)
+    return tabulate(escaped[1:], headers=escaped[0], tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def _csv(table: PrintedTable) -> str:
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    titled = any(panel.title for panel in table.panels)
+    previous: tuple[Any, ...] = ()
+    for panel in table.panels:
+        heads = (panel.corner, panel.columns)
+        if heads != previous:
+            flat = [" / ".join(part for part in column if part) for column in panel.columns]
+            writer.writerow([*(["part"] if titled else []), *panel.corner, *flat])
+        previous = heads
+        for labels, cells in zip(panel.rows, panel.cells, strict=True):
+            numbers = ["" if cell is None else cell.value.text for cell in cells]
+            writer.writerow([*([panel.title] if titled else []), *labels, *numbers])
+    return sink.getvalue()
+
+
+def _plain_tables(table: PrintedTable) -> list[Table]:
+    """One table a part, for the writers of `bench.tables`."""
+    import pandas as pd
+
+    from bench.tables import Entry, Table
+
+    found = []
+    for index, panel in enumerate(table.panels):
+        last = index + 1 == len(table.panels)
+        columns = [(*table.over, *column) for column in panel.columns]
+        entries = {
+            (row, column): Entry(c.text, c.value.number, c.bold, c.underline, notes=c.notes)
+            for row, cells in zip(panel.rows, panel.cells, strict=True)
+            for column, c in zip(columns, cells, strict=True)
+            if c is not None
+        }
+        found.append(
+            Table(
+                name=table.id.replace("/", "_") + (f"_{index + 1}" if len(table.panels) > 1 else ""),
+                title=table.title + (f" ({panel.title})" if panel.title else ""),
+                caption=table.caption,
+                row_names=panel.corner,
+                rows=panel.rows,
+                column_names=("",) * len(columns[0]),
+                columns=tuple(columns),
+                entries=entries,
+                notes=(*table.footnotes, *table.notes) if last else (),
+                level=None,
+                lines=pd.DataFrame(),
+            )
+        )
+    return found
+
+
+# -- command line ---------------------------------------------------------------------------------------------------
+class _Names(typer.core.TyperGroup):
+    """What is no command is the name of a table: `bench paper cafd/table1`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+paper_app = typer.Typer(
+    cls=_Names,
+    no_args_is_help=True,
+    help="The papers' tables as printed: `bench paper list`, then `bench paper cafd/table1`.",
+)
+
+
+@paper_app.command("list")
+def _list() -> None:
+    """All tables with the number of their cells."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Grid
+
+    grid = Grid("table", "cells", "of them numbers", "what it shows", box=None, pad_edge=False)
+    for id in table_ids():
+        paper, _, table = id.partition("/")
+        inside = [value for value in values(paper) if value.table == table]
+        grid.add_row(id, str(len(inside)), str(sum(bool(v.text) for v in inside)), escape(layout(id).title))
+    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000).print(grid)
+
+
+@paper_app.command("show")
+def _show(
+    name: Annotated[str, typer.Argument(help="PAPER/TABLE of `bench paper list`.")],
+    format: Annotated[str, typer.Option("--format", "-f", help=f"{', '.join(FORMATS)}.")] = "markdown",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: print.")
+    ] = None,
+) -> None:
+    """One table in the paper's layout; `bench paper NAME` does the same."""
+    text = render(name, format)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
