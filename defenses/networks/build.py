@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from bench.errors import WeightsError, unknown
 from bench.weights import Weights, apply_state
 from defenses.networks.apegan import APEGenerator
+from defenses.networks.diffusion import DDPMUNet
+from defenses.networks.disco import DISCONet
 from defenses.networks.pix2pixhd import GlobalGenerator
 from defenses.networks.rrdb import ResG, RRDBPurifier
 from defenses.networks.unet import DAE, DUNET, UNet
+from defenses.networks.wgan import WGANGenerator
 
 PURIFIERS: dict[str, type[nn.Module]] = {
     "dunet": DUNET,
@@ -23,6 +26,9 @@ PURIFIERS: dict[str, type[nn.Module]] = {
     "nrp_resg": ResG,
     "global": GlobalGenerator,
     "apegan": APEGenerator,
+    "wgan": WGANGenerator,
+    "disco": DISCONet,
+    "ddpm": DDPMUNet,
 }
 
 

@@ -16,12 +16,14 @@ from defenses.networks.apegan import APEDiscriminator
 from defenses.networks.build import purifier
 from defenses.networks.pix2pixhd import MultiscaleDiscriminator
 from defenses.networks.vgg_discriminators import CAFDDiscriminator, NRPDiscriminator
+from defenses.networks.wgan import WGANCritic
 
 CRITICS: dict[str, type[nn.Module]] = {
     "apegan": APEDiscriminator,
     "cafd": CAFDDiscriminator,
     "nrp": NRPDiscriminator,
     "multiscale": MultiscaleDiscriminator,
+    "wgan": WGANCritic,
 }
 
 VERSION = 1
@@ -186,6 +188,21 @@ _ALIGN = Recipe(
     },),
     epochs=100, batch=64, lr=2e-4, betas=(0.5, 0.999),
 )  # fmt: skip
+# CelebA: 200,000 updates of the generator, each after five batches of 50 of its 162,770 training images.
+_DEFENSE_GAN = Recipe(
+    "defense_gan", "wgan", "wgan_gp", {"size": (64, 64)}, "symmetric", {}, "wgan", {"width": 64},
+    epochs=307, batch=50, lr=1e-4, betas=(0.5, 0.9),
+)  # fmt: skip
+# CIFAR-10: 40 epochs that go through the images 20 times each; the code's milestones lie beyond them.
+_DISCO = Recipe(
+    "disco", "disco", "disco", {}, "symmetric",
+    attacks=({"name": "pgd", "params": {"eps": "8/255", "alpha": "2/255", "steps": 100}},), static=True,
+    epochs=800, batch=128, lr=1e-4, flip=True,
+)  # fmt: skip
+# CIFAR-10 as DDPM: 800,000 updates of batches of 128, without its warm-up and its clipping of gradients.
+_DIFFPURE = Recipe(
+    "diffpure", "ddpm", "ddpm", {}, "symmetric", {"ema": 0.9999}, epochs=2051, batch=128, lr=2e-4, flip=True,
+)  # fmt: skip
 
 _LF = {"image": False, "classes": False}
 
@@ -223,6 +240,9 @@ RECIPES: dict[str, Recipe] = {
     "alignment_lif": _ALIGN.but(objective_args={"classes": False}),
     "alignment_lt": _ALIGN.but(objective_args={"pairs": "traditional", "feature": False, "classes": False}),
     "alignment_ltf": _ALIGN.but(objective_args={"pairs": "traditional", "classes": False}),
+    "defense_gan": _DEFENSE_GAN,
+    "disco": _DISCO,
+    "diffpure": _DIFFPURE,
 }  # fmt: skip
 """Recipes at paper size by name. The mini ones replace widths, epochs and batches (`Recipe.but`)."""
 

@@ -64,6 +64,8 @@ NETWORK = {
     "dunet": {"width": 4}, "dae": {"width": 4}, "nrp": {"width": 4, "blocks": 1, "growth": 4},
     "nrp_resg": {"width": 4, "blocks": 1}, "unet": {"width": 4, "depth": 2}, "apegan": {"width": 4},
     "global": {"width": 4, "downsamplings": 1, "blocks": 1},
+    "wgan": {"width": 4, "size": (16, 16), "latent": 8}, "disco": {"width": 4, "blocks": 1, "hidden": 8},
+    "ddpm": {"width": 4, "multipliers": (1, 2), "blocks": 1},
 }  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def test_same_seed_same_weights(samples, target):
     assert torch.equal(weights(one), weights(two)) and not torch.equal(weights(one), weights(other))
 
 
-@pytest.mark.parametrize("name", ["cafd", "apegan", "alignment", "hgd"])
+@pytest.mark.parametrize("name", ["cafd", "apegan", "alignment", "hgd", "defense_gan", "diffpure"])
 @pytest.mark.parametrize("stop", [2, 3, 7])
 def test_resumed_run_ends_with_the_same_bits(name, stop, samples, target, tmp_path):
     static = name == "cafd"
