@@ -70,6 +70,12 @@ class Chain(Defense):
         members = [member.placed(site) for member in self.members]
         return self if all(a is b for a, b in zip(members, self.members, strict=True)) else Chain(members)
 
+    def retrained(self, seed: int) -> Chain:
+        """The chain with its learned members retrained."""
+        if not self.trained:
+            super().retrained(seed)
+        return Chain([member.retrained(seed) if member.trained else member for member in self.members])
+
     def check_input(self, size: tuple[int, int]) -> None:
         """Raise NotApplicable when a member cannot take the size that reaches it."""
         for index, member in enumerate(self.members):

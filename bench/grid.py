@@ -38,9 +38,9 @@ class ThreatSpec(_Strict):
     """How much the attacker knows.
 
     `oblivious`: gradients of the bare target. `transfer`: gradients of other models (`sources`). `gray_box`: gradients
-    of the target behind a `surrogate` defense. `bpda`: forward through the defense, backward through its stand-in.
-    `white_box`: true gradient through the defense. Where a defense draws random numbers, gradients are averaged over
-    `eot` draws.
+    of the target behind a `surrogate` defense, or behind the deployed one trained anew with `surrogate_seed`. `bpda`:
+    forward through the defense, backward through its stand-in. `white_box`: true gradient through the defense. Where a
+    defense draws random numbers, gradients are averaged over `eot` draws.
     """
 
     level: Level
@@ -50,6 +50,9 @@ class ThreatSpec(_Strict):
     surrogate: DefenseSpec | None = Field(
         default=None, description="gray_box: the defense the attacker trained"
     )
+    surrogate_seed: int | None = Field(
+        default=None, ge=0, description="gray_box: or the deployed defense, trained with this other seed"
+    )
     eot: int = Field(default=10, ge=1, description="gradient draws per step for stochastic defenses")
 
     @model_validator(mode="after")
@@ -58,10 +61,11 @@ class ThreatSpec(_Strict):
             raise ValueError("level transfer needs `sources`, a list of roles")
         if self.level != "transfer" and self.sources:
             raise ValueError(f"`sources` belongs to level transfer, not {self.level}")
-        if self.level == "gray_box" and self.surrogate is None:
-            raise ValueError("level gray_box needs a `surrogate` defense")
-        if self.level != "gray_box" and self.surrogate is not None:
-            raise ValueError(f"`surrogate` belongs to level gray_box, not {self.level}")
+        if self.level == "gray_box" and (self.surrogate is None) == (self.surrogate_seed is None):
+            raise ValueError("level gray_box needs a `surrogate` defense or a `surrogate_seed`")
+        for key in ("surrogate", "surrogate_seed"):
+            if self.level != "gray_box" and getattr(self, key) is not None:
+                raise ValueError(f"`{key}` belongs to level gray_box, not {self.level}")
         return self
 
 

@@ -167,6 +167,7 @@ class _Planner:
         self._attacks: dict[str, tuple[str, Attack]] = {}
         self._resolving: set[str] = set()
         self._placed: dict[tuple[int, str], tuple[Defense, Defense | None]] = {}
+        self._others: dict[tuple[int, int], tuple[Defense, Defense]] = {}
         self._missing: dict[str, MissingCheckpoint] = {}
 
     def plan(self) -> Plan:
@@ -276,6 +277,12 @@ class _Planner:
             self._placed[key] = (defense, placed)
         return self._placed[key][1]
 
+    def _retrained(self, defense: Defense, seed: int) -> Defense:
+        key = (id(defense), seed)
+        if key not in self._others:
+            self._others[key] = (defense, defense.retrained(seed))
+        return self._others[key][1]
+
     def _attack(self, spec: PluginSpec, where: str, label: str | None = None) -> tuple[str, Attack]:
         at = f"{self.source}, {where}"
         if label is None and isinstance(spec, str) and spec in self._attacks:
@@ -331,6 +338,7 @@ class _Planner:
     ) -> None:
         craft: Craft | None = None
         skip: str | None = None
+        original = defense
         level, level_label = CLEAN, CLEAN
         if defense.unavailable is not None:
             skip = defense.unavailable
@@ -350,7 +358,7 @@ class _Planner:
             level_label = self._level_label(threat, where)
             if skip is None:
                 try:
-                    craft = self._craft(target, defense, attack, threat, where)
+                    craft = self._craft(target, original, defense, attack, threat, where)
                 except NotApplicable as reason:
                     skip = reason.reason
                 if craft is None and skip is None:
@@ -388,14 +396,25 @@ class _Planner:
         if threat.level == "transfer":
             return "transfer from " + "+".join(threat.sources)
         if threat.level == "gray_box":
-            assert threat.surrogate is not None
+            if threat.surrogate is None:
+                return f"gray_box via seed {threat.surrogate_seed}"
             return "gray_box via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
         return threat.level
 
     def _craft(
-        self, target: Target, defense: Defense, attack: Attack, threat: ThreatSpec, where: str
+        self,
+        target: Target,
+        original: Defense,
+        defense: Defense,
+        attack: Attack,
+        threat: ThreatSpec,
+        where: str,
     ) -> Craft | None:
-        """The adversarial images a cell needs; None when a surrogate has not been trained."""
+        """The adversarial images a cell needs; None when a surrogate has not been trained.
+
+        Args:
+            original: the defense as the grid gives it; `defense` is the same with the role's weights.
+        """
         sources: tuple[Target, ...] = (target,)
         behind: Defense | None = None
         mode = "none"
@@ -410,8 +429,11 @@ class _Planner:
                 if source.role == target.role:
                     raise NotApplicable(f"transfer from {source.role} to itself is not a transfer")
         elif threat.level == "gray_box":
-            assert threat.surrogate is not None
-            behind = self._place(self._defense(threat.surrogate, f"{where}.surrogate")[1], target.role)
+            if threat.surrogate is None:
+                other = self._retrained(original, int(threat.surrogate_seed or 0))
+            else:
+                other = self._defense(threat.surrogate, f"{where}.surrogate")[1]
+            behind = self._place(other, target.role)
             if behind is None:
                 return None
             mode = "exact"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from bench.errors import NotApplicable
 from bench.rng import ImageRNG
 from bench.units import Pixels
 
@@ -365,6 +366,16 @@ class Defense(nn.Module):
             NotApplicable: it cannot be trained for this role.
         """
         return self
+
+    def retrained(self, seed: int) -> Defense:
+        """The same defense after another training, as an attacker who knows the recipe would make it.
+
+        Raises:
+            NotApplicable: nothing in it is trained, or its weights were given by path.
+        """
+        raise NotApplicable(
+            f"'{self.name}' has nothing to train: who knows its recipe knows the defense itself"
+        )
 
     def purify(self, images: Tensor, rng: ImageRNG | None = None) -> Warped:
         """`forward`, validated and clamped to [0,1].

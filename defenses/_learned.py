@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench.errors import MissingCheckpoint, PluginError, WeightsError
+from bench.errors import MissingCheckpoint, NotApplicable, PluginError, WeightsError
 from bench.protocols import Defense, Site
 from bench.registry import DEFENSES
 from bench.weights import load_state
@@ -160,6 +160,21 @@ class Learned(Defense):
         placed = DEFENSES.create(self.name, {**params, "weights": str(path)})
         placed.eval().requires_grad_(False)
         return placed
+
+    def retrained(self, seed: int) -> Defense:
+        """The same recipe and role with another seed.
+
+        Raises:
+            NotApplicable: its weights were given by path, so there is no recipe to repeat; or it has this seed.
+        """
+        if self.ready:
+            raise NotApplicable(f"'{self.kind}' has its weights by path: give a surrogate with other weights")
+        if self._choice[2] == seed:
+            raise NotApplicable(
+                f"'{self.kind}' is trained with seed {seed} itself: a surrogate needs another"
+            )
+        other: Defense = DEFENSES.create(self.name, {**self.params, "train_seed": seed})
+        return other
 
     def identity(self) -> dict[str, Any]:
         """Name and parameters; in place of the weights' path their digest, and what they say of their training.

@@ -33,6 +33,8 @@ from defenses.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
+PREPARED = 64
+"""Images per call of a static adversary."""
 
 
 class TrainingDiverged(BenchError):
@@ -72,6 +74,8 @@ class Trainer:
         target: the frozen model behind the losses; None when the recipe needs none.
         key: `Recipe.key`; part of the state, so that a state of another recipe is never resumed.
         state: file that holds everything needed to go on; it is replaced as a whole. None = not resumable.
+        cache: file for the images of a static adversary, and the key they are checked by; recipes with the same data,
+            target and adversary can share it. None = beside the state.
         save_every: steps between states; the end of an epoch always saves.
         device: where the networks run.
         precision: `float32`; `bfloat16` or `float16` (on a GPU, losses scaled) for the forward passes (autocast).
@@ -93,6 +97,7 @@ class Trainer:
         *,
         key: str,
         state: Path | None = None,
+        cache: tuple[Path, str] | None = None,
         save_every: int | None = None,
         device: torch.device | str = "cpu",
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -100,7 +105,7 @@ class Trainer:
         if len(samples) < 1:
             raise DataError(f"recipe of {recipe.defense}: there are no training images")
         self.recipe, self.samples, self.adversary, self.key = recipe, samples, adversary, key
-        self.state_file, self.save_every = state, save_every
+        self.state_file, self.cache, self.save_every = state, cache, save_every
         self.device, self.precision = torch.device(device), precision
         if precision == "float16" and self.device.type != "cuda":
             raise PluginError(f"precision float16 needs a GPU, not {self.device}; bfloat16 works everywhere")
@@ -165,13 +170,13 @@ class Trainer:
         """
         end = self.total if until is None else min(until, self.total)
         target = None if self.guide is None else self.guide.target
-        cache = None
-        if self.state_file is not None:
+        cache, cache_key = self.cache or (None, self.key)
+        if cache is None and self.state_file is not None:
             cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
         with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
             self._began = time.perf_counter()
             if self.step < end and self.adversary is not None:
-                self.adversary.prepare(self._in_order(progress), cache, self.key)
+                self.adversary.prepare(self._in_order(progress), cache, cache_key)
             while self.step < end:
                 epoch, index = divmod(self.step, self.per_epoch)
                 self._prepare_epoch(epoch, index)
@@ -325,10 +330,11 @@ class Trainer:
         return Batch.of(chosen).to(self.device)
 
     def _in_order(self, progress: Progress | None) -> Iterator[Batch]:
-        for first in range(0, len(self.samples), self.recipe.batch):
+        # Groups of one size for all recipes, so that they can share what a static adversary makes.
+        for first in range(0, len(self.samples), PREPARED):
             if progress is not None:
                 progress(self.step, self.total, f"adversarial images: {first} of {len(self.samples)}")
-            chosen = range(first, min(first + self.recipe.batch, len(self.samples)))
+            chosen = range(first, min(first + PREPARED, len(self.samples)))
             yield Batch.of([self.samples[i] for i in chosen]).to(self.device)
 
     def _mix(self, batch: Batch, adversarial: Tensor) -> Tensor:

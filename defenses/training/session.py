@@ -17,6 +17,7 @@ import torch
 
 from bench.errors import GridError, NotApplicable, PluginError, unknown
 from bench.grid import Profile, TrainingSettings, load_profile, split_spec
+from bench.keys import content_key
 from bench.plan import task_instance
 from bench.protocols import Attack, Batch, Dataset, Defense, ImageRNG, ModelSource, Sample, TargetModel
 from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS
@@ -131,13 +132,18 @@ class Training:
         state: Path | None,
         device: torch.device,
         precision: Precision = "float32",
-        save_every: int | None = None,
     ) -> Trainer:
-        """The loop, ready to start or to go on from `state`.
+        """The loop, ready to start or to go on from `state`; what a static adversary makes is kept beside its folder.
 
         Raises:
             BenchError: the recipe does not fit the data or the target.
         """
+        cache = None
+        if state is not None and self.recipe.static and self.attacks:
+            shared = content_key(
+                {k: v for k, v in self.payload.items() if k in ("target", "data", "adversary")}
+            )
+            cache = (state.parent.parent / f"adversarial-{shared[:16]}.safetensors", shared)
         return Trainer(
             self.recipe,
             Prepared(self.data, target, self.images),
@@ -145,7 +151,8 @@ class Training:
             target,
             key=self.key,
             state=state,
-            save_every=save_every,
+            cache=cache,
+            save_every=200,
             device=device,
             precision=precision,
         )
@@ -342,7 +349,7 @@ def train(
         torch.set_num_threads(1)
     try:
         target = load_target(training.source, device)
-        trainer = training.trainer(target, folder / "state.safetensors", device, precision, save_every=200)
+        trainer = training.trainer(target, folder / "state.safetensors", device, precision)
         scalars, close = _tensorboard(folder / "tensorboard", trainer.step)
         began, before = time.perf_counter(), trainer.seconds
         try:
@@ -360,12 +367,13 @@ def train(
             "seconds": round(before + time.perf_counter() - began),
             "payload": training.payload,
         }
+        # What is scored is what is written, rounding included; it is found by others only once it is complete.
+        draft = folder / "unscored.safetensors"
+        trainer.write(draft, meta=meta)
         path = out / f"{training.name}.safetensors"
-        trainer.write(path, meta=meta)
-        scores = score(training, path, device)
-        trainer.write(path, meta={**meta, "scores": scores})
-        for leftover in ("state.safetensors", "state.adversarial.safetensors"):
-            (folder / leftover).unlink(missing_ok=True)
+        trainer.write(path, meta={**meta, "scores": score(training, draft, device)})
+        draft.unlink()
+        (folder / "state.safetensors").unlink(missing_ok=True)
     finally:
         torch.set_num_threads(torch_threads)
     return read_meta(path)
