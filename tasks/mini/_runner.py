@@ -31,7 +31,7 @@ class _Steps(Hook):  # type: ignore[misc]
     ) -> None:
         done = runner.iter + 1
         if (done % 20 == 0 or done == runner.max_iters) and outputs:
-            self.report(done, f"loss {float(outputs['loss']):.3f}")
+            self.report(done, f"loss {outputs['loss'].item():.3f}")
 
 
 def run(

@@ -128,10 +128,10 @@ def build_classifier(
     seed: int,
     device: str | torch.device,
     progress: Progress,
-    network: str | None = None,
+    start: str | None = None,
     objective: Callable[[nn.Module], Objective] | None = None,
 ) -> dict[str, float]:
-    """Train a classifier from scratch, write its weights in half precision, and score them.
+    """Train a classifier, write its weights in half precision, and score them.
 
     Args:
         name: of the weights.
@@ -140,7 +140,7 @@ def build_classifier(
         seed: of the first weights and of the data.
         device: where to train.
         progress: told about each epoch.
-        network: name in `tasks.classification.cifar_nets`; ``name`` unless given.
+        start: shipped model whose network and weights to start from; a new network called ``name`` unless given.
         objective: makes the objective for the network; cross entropy unless given.
 
     Returns:
@@ -148,14 +148,16 @@ def build_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = getattr(cifar_nets, network or name)()
-    start = time.perf_counter()
+        model: nn.Module = getattr(cifar_nets, start or name)()
+    if start:
+        model.load_state_dict(manifest.load(start))
+    began = time.perf_counter()
     train_classifier(
         model, epochs=parameters["epochs"], seed=seed, device=device, progress=progress,
         objective=cross_entropy if objective is None else objective(model), replays=parameters.get("replays", 1),
         **{k: parameters[k] for k in ("batch", "lr", "weight_decay", "warmup", "easy_share", "contrast")},
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     path = manifest.weights_path(name, out_dir)
     manifest.save_half(model.state_dict(), path)
     model.load_state_dict(manifest.load_float(path))

@@ -166,14 +166,15 @@ def build_detector(
     return {**score_detector(model, config), "seconds": seconds}
 
 
-def _parameters(name: str, *, pretrained: bool) -> dict[str, Any]:
+def parameters(name: str, *, pretrained: bool) -> dict[str, Any]:
+    """What a detector's training depends on; ``pretrained``: its backbone is trained on digits first."""
     return {
         "config": f"tasks/detection/configs/{name}.py", "scene_contrast": CONTRAST, "test_scenes": TEST_SCENES,
         "photo_contrast": data.PHOTO_CONTRAST, **({"backbone": _PRETRAIN} if pretrained else {}),
     }  # fmt: skip
 
 
-@recipe("mini_ssd", seed=21, parameters=_parameters("mini_ssd", pretrained=False))
+@recipe("mini_ssd", seed=21, parameters=parameters("mini_ssd", pretrained=False))
 def build_ssd(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
@@ -181,7 +182,7 @@ def build_ssd(
     return build_detector("mini_ssd", out_dir, seed=seed, device=device, progress=progress)
 
 
-@recipe("mini_mask_rcnn", seed=22, parameters=_parameters("mini_mask_rcnn", pretrained=True))
+@recipe("mini_mask_rcnn", seed=22, parameters=parameters("mini_mask_rcnn", pretrained=True))
 def build_mask_rcnn(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:

@@ -135,14 +135,15 @@ def build_segmenter(
     return {**score_segmenter(model, device=device), "seconds": seconds}
 
 
-def _parameters(name: str) -> dict[str, Any]:
+def parameters(name: str, *, pretrained: bool = True) -> dict[str, Any]:
+    """What a segmenter's training depends on; ``pretrained``: its backbone is trained on digits first."""
     return {
-        "config": f"tasks/segmentation/configs/{name}.py", "backbone": _PRETRAIN, "test_scenes": TEST_SCENES,
-        "scene_contrast": data.SCENE_CONTRAST, "photo_contrast": data.PHOTO_CONTRAST,
+        "config": f"tasks/segmentation/configs/{name}.py", **({"backbone": _PRETRAIN} if pretrained else {}),
+        "test_scenes": TEST_SCENES, "scene_contrast": data.SCENE_CONTRAST, "photo_contrast": data.PHOTO_CONTRAST,
     }  # fmt: skip
 
 
-@recipe("mini_pspnet", seed=11, parameters=_parameters("mini_pspnet"))
+@recipe("mini_pspnet", seed=11, parameters=parameters("mini_pspnet"))
 def build_pspnet(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
@@ -150,7 +151,7 @@ def build_pspnet(
     return build_segmenter("mini_pspnet", out_dir, seed=seed, device=device, progress=progress)
 
 
-@recipe("mini_deeplabv3", seed=12, parameters=_parameters("mini_deeplabv3"))
+@recipe("mini_deeplabv3", seed=12, parameters=parameters("mini_deeplabv3"))
 def build_deeplabv3(
     out_dir: Path, *, seed: int, device: str | torch.device, progress: Progress
 ) -> Mapping[str, Any]:
