@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -19,14 +20,16 @@ from attacks.objectives import BoundLoss, Loss
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels, TargetModel, Warped
 from bench.registry import ATTACKS
-from tasks.heads import final_linear, last_convolution, last_maps
+from bench.weights import sha256_file
+from tasks.heads import class_rows, feature_layer, final_linear, last_convolution, last_maps
+from tasks.vgg import vgg_features
 
 
 class FeatureDistance(Loss):
     """Distance of the activations of one layer from those of the clean image, (B,).
 
     Args:
-        layer: module of the victim's network.
+        layer: module of the victim's network; None = what stands for what it sees (`tasks.heads.feature_layer`).
         distance: `mse` or `mae`, means over an image's activations.
     """
 
@@ -35,40 +38,77 @@ class FeatureDistance(Loss):
     targeted = False
     flat_at_clean = True
 
-    def __init__(self, layer: str, distance: Literal["mse", "mae"]) -> None:
+    def __init__(self, layer: str | None, distance: Literal["mse", "mae"]) -> None:
         self.layer, self.distance = layer, distance
+
+    def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
+        """The objective, with its layer found in the victim."""
+        named = FeatureDistance(self.layer or feature_layer(_model(oracle), images), self.distance)
+        return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
         """Activations at the clean images."""
         with torch.no_grad():
-            return oracle.features(images, self.layer)
+            return self.activations(oracle, images)
+
+    def activations(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """What is compared, (B, ...)."""
+        assert self.layer is not None
+        return oracle.features(images, self.layer)
 
     def __call__(
         self, oracle: Oracle, images: Tensor | Warped, targets: Sequence[Any], reference: Tensor | None
     ) -> Tensor:
         """Distances (B,)."""
         assert reference is not None and isinstance(images, Tensor)
-        gap = (oracle.features(images, self.layer) - reference).flatten(1)
+        gap = (self.activations(oracle, images) - reference).flatten(1)
         return gap.square().mean(1) if self.distance == "mse" else gap.abs().mean(1)
+
+
+class VGGDistance(FeatureDistance):
+    """The same on a VGG of the attacker's own: the victim is not asked.
+
+    Args:
+        vgg: weights in torchvision's layout.
+        layer: one of its activations, such as `relu3_3`.
+        distance: `mse` or `mae`.
+    """
+
+    name = "VGG feature distance"
+    needs = frozenset()
+
+    def __init__(self, vgg: Path, layer: str, distance: Literal["mse", "mae"]) -> None:
+        super().__init__(layer, distance)
+        self.vgg = vgg
+
+    def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
+        """The objective; its layer is named."""
+        return BoundLoss(self, tuple(targets), self.reference(oracle, images), 1.0)
+
+    def activations(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """What is compared, (B, C, H, W)."""
+        found: Tensor = vgg_features(self.vgg).to(images.device)(images, [str(self.layer)])[0]
+        return found
 
 
 class ClassActivationDistance(Loss):
     """Distance of class activation features Phi = F * w_c from those of the clean image, (B,).
 
     F are the victim's last feature maps, w_c the row of the last linear layer for the class the victim predicts,
-    for clean and current image separately.
+    for clean and current image separately. Of a segmenter, whose last linear map is a 1x1 convolution, every pixel of
+    the maps has a class, and w_c, of its own (this project's form; see `tasks.heads`).
 
     Args:
-        mode: `paper`: Euclidean norm. `code`: ReLU, minus minimum, over maximum, bilinear to 32x32, mean square; the
-            code takes minimum and maximum over the batch, here they are each image's own (the same for a batch of
-            one), since no image may depend on its company.
+        mode: `paper`: Euclidean norm. `code`: ReLU, minus minimum, over maximum, bilinear to 32x32 where maps are
+            smaller, mean square; the code takes minimum and maximum over the batch, here they are each image's own
+            (the same for a batch of one), since no image may depend on its company.
         layer: the maps; None = those that are pooled for the linear layer (the paper's class activation maps),
             `convolution` = the last convolution's output, before norm and ReLU (the code's, for a VGG).
     """
 
     name = "class activation distance"
     needs = frozenset({"features", "logits"})
-    tasks = frozenset({"classification"})
+    tasks = frozenset({"classification", "segmentation"})
     targeted = False
     flat_at_clean = True
 
@@ -102,21 +142,20 @@ class ClassActivationDistance(Loss):
     def _phi(self, oracle: Oracle, images: Tensor) -> Tensor:
         linear, layer = final_linear(_model(oracle)), self.layer
         assert layer is not None
-        with torch.no_grad():
-            rows = linear.weight[oracle.logits(images).argmax(1)]
         maps = oracle.features(images, layer)
-        if maps.ndim != 4 or maps.shape[1] != rows.shape[1]:
+        if maps.ndim != 4 or maps.shape[1] != linear.weight.shape[1]:
             raise NotApplicable(
-                f"class activation features need maps with the {rows.shape[1]} channels that the last linear layer "
-                f"takes; layer '{layer}' returns {tuple(maps.shape[1:])}"
+                f"class activation features need maps with the {linear.weight.shape[1]} channels that the last linear "
+                f"layer takes; layer '{layer}' returns {tuple(maps.shape[1:])}"
             )
-        phi = maps * rows[:, :, None, None]
+        phi = maps * class_rows(linear, maps, lambda: oracle.logits(images))
         if self.mode == "paper":
             return phi
         phi = F.relu(phi)
         phi = phi - phi.amin((1, 2, 3), keepdim=True)
         phi = phi / phi.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-        return F.interpolate(phi, size=(32, 32), mode="bilinear", align_corners=False)
+        size = (max(32, int(phi.shape[-2])), max(32, int(phi.shape[-1])))
+        return F.interpolate(phi, size=size, mode="bilinear", align_corners=False)
 
 
 def _model(oracle: Oracle) -> TargetModel:
@@ -191,13 +230,17 @@ class CAFA(_Feature):
 class SSP(_Feature):
     """Self-supervised perturbation, the training adversary of NRP (Naseer et al., CVPR 2020, algorithm 1).
 
-    x' = P(x' + alpha * sign grad D(F(x), F(x'))), F the features of one layer; the paper's are conv3_3 of VGG16, which
-    is `features.15` with its ReLU in torchvision, and no feature of the model that is attacked in the end. `paper`:
-    mean absolute differences from x plus noise. `code`: mean squares, from a picture of pure N(0, 1) noise that the
-    first projection turns into a random corner of the ball. Unlike algorithm 1, images stay in [0,1].
+    x' = P(x' + alpha * sign grad D(F(x), F(x'))), F the features of one layer. The paper's are conv3_3 of an ImageNet
+    VGG16 with its ReLU, and no feature of the model that is attacked in the end: give its weights as `vgg`. Without
+    them the features are the victim's own. `paper`: mean absolute differences from x plus noise. `code`: mean squares,
+    from a picture of pure N(0, 1) noise that the first projection turns into a random corner of the ball. Unlike
+    algorithm 1, images stay in [0,1].
 
     Args:
-        layer: of the victim's network.
+        layer: of the victim's network, None = the maps pooled for a classifier's linear layer, otherwise everything
+            its backbone returns; with `vgg` one of its activations, None = `relu3_3`.
+        vgg: weights of a VGG in torchvision's layout. The attack then asks the victim for nothing, whatever defense
+            stands in front of it.
         mode: `code` or `paper`.
         eps: radius in [0,1] pixel units.
         alpha: step size (the code's; the paper gives none).
@@ -207,16 +250,26 @@ class SSP(_Feature):
 
     def __init__(
         self,
-        layer: str = "features.15",
+        layer: str | None = None,
+        vgg: Path | None = None,
         mode: Literal["code", "paper"] = "code",
         eps: Pixels = Fraction(16, 255),
         alpha: Pixels = Fraction(1, 100),
         steps: Steps = 100,
         start: str = "uniform",
     ) -> None:
-        distance = FeatureDistance(layer, "mse" if mode == "code" else "mae")
+        kind: Literal["mse", "mae"] = "mse" if mode == "code" else "mae"
+        own = None if vgg is None else vgg.expanduser()
+        distance = FeatureDistance(layer, kind) if own is None else VGGDistance(own, layer or "relu3_3", kind)
         super().__init__(distance, eps, alpha, steps, start)  # type: ignore[arg-type]
-        self.mode = mode
+        self.mode, self.vgg = mode, own
+
+    def identity(self) -> dict[str, Any]:
+        """Name and parameters, with the digest of the VGG's weights in place of their path."""
+        identity = super().identity()
+        if self.vgg is not None:
+            identity["params"]["vgg"] = sha256_file(self.vgg)
+        return identity
 
     def _begin(self, climb: _Climb) -> Tensor:
         if self.mode == "paper":

@@ -1,7 +1,14 @@
-"""The last linear layer of a classifier and the feature maps it weighs: what class activation maps are made of."""
+"""The last linear map of a network and the feature maps it weighs: what class activation maps are made of.
+
+A classifier ends in a linear layer on pooled maps. A segmenter ends in a 1x1 convolution, the same linear map at every
+pixel: there each pixel has a class c of its own, and its class activation feature is F * w_c at that pixel. The papers
+define class activation features for classification alone; the form for segmenters is this project's. A detector has no
+single linear map from feature maps to classes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,57 +17,101 @@ from torch import Tensor, nn
 from bench.errors import NotApplicable
 from bench.protocols import TargetModel
 
-__all__ = ["final_linear", "last_convolution", "last_maps"]
+__all__ = ["class_rows", "feature_layer", "final_linear", "last_convolution", "last_maps"]
 
 
-def final_linear(model: TargetModel) -> nn.Linear:
-    """The last linear layer, (num_classes, channels).
+def final_linear(model: TargetModel) -> nn.Linear | nn.Conv2d:
+    """The last linear map: of a classifier a linear layer, of a segmenter a 1x1 convolution, one output per class.
 
     Raises:
         NotApplicable: the model does not end in one.
     """
-    linears = [m for m in _network(model).modules() if isinstance(m, nn.Linear)]
+    network = _network(model)
+    if model.task == "detection":
+        raise NotApplicable(
+            "class activation features need one linear map from feature maps to classes, which a detector "
+            f"({type(network).__name__}) does not have"
+        )
+    if model.task == "segmentation":
+        head = getattr(network, "decode_head", None)
+        last = getattr(head[-1] if isinstance(head, nn.ModuleList) else head, "conv_seg", None)
+        if (
+            not isinstance(last, nn.Conv2d)
+            or last.kernel_size != (1, 1)
+            or last.out_channels != model.num_classes
+        ):
+            raise NotApplicable(
+                "class activation features need a segmenter that ends in a 1x1 convolution with one output per class "
+                f"({model.num_classes}); {type(network).__name__} has none"
+            )
+        return last
+    linears = [m for m in network.modules() if isinstance(m, nn.Linear)]
     if not linears or linears[-1].out_features != model.num_classes:
         raise NotApplicable(
             "class activation features need a target that ends in a linear layer with one output per class "
-            f"({model.num_classes}); {type(_network(model)).__name__} has none"
+            f"({model.num_classes}); {type(network).__name__} has none"
         )
     return linears[-1]
 
 
+def class_rows(linear: nn.Linear | nn.Conv2d, maps: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    """The rows w_c of the last linear map that belong to the predicted classes, in the shape that multiplies maps.
+
+    No gradient: an argmax picks rows of a frozen matrix.
+
+    Args:
+        linear: as `final_linear` finds it.
+        maps: its feature maps (B, C, H, W).
+        logits: gives the model's logits (B, K); asked for a linear layer alone, since a 1x1 convolution says itself
+            what it makes of each pixel.
+
+    Returns:
+        (B, C, 1, 1) for a linear layer, (B, C, H, W) for a convolution.
+    """
+    with torch.no_grad():
+        if isinstance(linear, nn.Conv2d):
+            return linear.weight.flatten(1)[linear(maps).argmax(1)].permute(0, 3, 1, 2)
+        return linear.weight[logits().argmax(1)][:, :, None, None]
+
+
 def last_convolution(model: TargetModel) -> str:
-    """Name of the last convolution, in the order modules are declared, with the channels the linear layer takes.
+    """Name of the last convolution, in the order modules are declared, with the channels the last linear map takes.
 
     In a residual network this is one branch of the last block, perhaps its shortcut; see `last_maps`.
 
     Raises:
         NotApplicable: there is none.
     """
-    channels = final_linear(model).in_features
+    linear = final_linear(model)
     modules = _network(model).named_modules()
-    names = [name for name, m in modules if isinstance(m, nn.Conv2d) and m.out_channels == channels]
+    names: list[str] = [
+        name
+        for name, m in modules
+        if isinstance(m, nn.Conv2d) and m is not linear and m.out_channels == _channels(linear)
+    ]
     if not names:
         raise NotApplicable(
-            f"no convolution of {type(_network(model)).__name__} has the {channels} channels "
+            f"no convolution of {type(_network(model)).__name__} has the {_channels(linear)} channels "
             "that its last linear layer takes"
         )
     return names[-1]
 
 
 def last_maps(model: TargetModel, images: Tensor) -> str:
-    """Name of the module whose output (B, C, H, W) is the last before it is pooled for the linear layer.
+    """Name of the module whose output (B, C, H, W) is the last before the last linear map, and before any pooling.
 
-    Found by running the model: the last output with as many channels as the linear layer takes, larger than 1x1 where
+    Found by running the model: the last output with as many channels as the linear map takes, larger than 1x1 where
     there is one.
 
     Args:
-        model: a classifier.
+        model: a classifier or a segmenter.
         images: one image or more, (B, 3, H, W) in [0,1], of the size it will see.
 
     Raises:
         NotApplicable: no module returns such maps.
     """
-    channels = final_linear(model).in_features
+    linear = final_linear(model)
+    channels = _channels(linear)
     found: list[tuple[bool, str]] = []
 
     def watch(name: str) -> Any:
@@ -70,7 +121,8 @@ def last_maps(model: TargetModel, images: Tensor) -> str:
 
         return look
 
-    hooks = [m.register_forward_hook(watch(name)) for name, m in _network(model).named_modules() if name]
+    modules = _network(model).named_modules()
+    hooks = [m.register_forward_hook(watch(name)) for name, m in modules if name and m is not linear]
     try:
         with torch.no_grad():
             model.logits(images[:1])
@@ -84,6 +136,29 @@ def last_maps(model: TargetModel, images: Tensor) -> str:
         )
     large = [name for wide, name in found if wide]
     return large[-1] if large else found[-1][1]
+
+
+def feature_layer(model: TargetModel, images: Tensor) -> str:
+    """The layer whose activations stand for what a model sees, where nobody names one.
+
+    The maps pooled for a classifier's linear layer, the backbone of a segmenter or a detector.
+
+    Args:
+        model: any target.
+        images: as in `last_maps`.
+
+    Raises:
+        NotApplicable: the model has neither.
+    """
+    if model.task == "classification":
+        return last_maps(model, images)
+    if not hasattr(_network(model), "backbone"):
+        raise NotApplicable(f"{type(_network(model)).__name__} has no backbone: name a layer of features")
+    return "backbone"
+
+
+def _channels(linear: nn.Linear | nn.Conv2d) -> int:
+    return linear.in_channels if isinstance(linear, nn.Conv2d) else linear.in_features
 
 
 def _network(model: TargetModel) -> nn.Module:

@@ -41,14 +41,18 @@ def l2_norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 # -- class activation features (CAFD) -----------------------------------------------------------------------------
-def class_weights(weight: Tensor, logits: Tensor) -> Tensor:
-    """Rows w_c of the last linear layer (K, C) for c = argmax of `logits` (B, K): (B, C)."""
-    return weight[logits.argmax(1)]
+def class_activation(features: Tensor, rows: Tensor) -> Tensor:
+    """Phi = F * w_c, (B, C, H, W) from maps of that shape and rows of the last linear map, (B, C, 1, 1) or per pixel.
+
+    Per image where one class is predicted (CAFD); per pixel, each with the row of its own class, behind a segmenter.
+    """
+    return features * rows
 
 
-def class_activation(features: Tensor, weights: Tensor) -> Tensor:
-    """Phi = F * w_c, (B, C, H, W) from feature maps (B, C, H, W) and weights (B, C)."""
-    return features * weights[:, :, None, None]
+def enlarged(maps: Tensor, size: int = 32) -> Tensor:
+    """Maps (B, C, H, W) enlarged bilinearly to `size` on each side that is smaller, as CAFD's code does."""
+    shape = (max(size, int(maps.shape[-2])), max(size, int(maps.shape[-1])))
+    return F.interpolate(maps, size=shape, mode="bilinear", align_corners=False)
 
 
 def normalised_activation(phi: Tensor, size: int = 32) -> Tensor:
@@ -56,38 +60,37 @@ def normalised_activation(phi: Tensor, size: int = 32) -> Tensor:
     positive = F.relu(phi)
     positive = positive - positive.min()
     positive = positive / positive.max().clamp(min=1e-12)
-    return F.interpolate(positive, size=(size, size), mode="bilinear", align_corners=False)
+    return enlarged(positive, size)
 
 
 def caf_eq6(
-    clean: Tensor, restored: Tensor, clean_weights: Tensor, restored_weights: Tensor, form: str = "paper"
+    clean: Tensor, restored: Tensor, clean_rows: Tensor, restored_rows: Tensor, form: str = "paper"
 ) -> Tensor:
     """Equation 6, CAFD': the distance of class activation features.
 
     Args:
         clean, restored: feature maps (B, C, H, W) of the clean and the denoised images.
-        clean_weights, restored_weights: w_c of each (B, C).
+        clean_rows, restored_rows: w_c of each, (B, C, 1, 1) or (B, C, H, W).
         form: `paper`: ||Phi_x - Phi_C(x')||_2; `code`: mean squares of the normalised maps, as in CAFA's code.
     """
-    a, b = class_activation(clean, clean_weights), class_activation(restored, restored_weights)
+    a, b = class_activation(clean, clean_rows), class_activation(restored, restored_rows)
     return l2_norm(a, b) if form == "paper" else mse(normalised_activation(a), normalised_activation(b))
 
 
 def caf_eq7(
-    clean: Tensor, restored: Tensor, clean_weights: Tensor, restored_weights: Tensor, form: str = "code"
+    clean: Tensor, restored: Tensor, clean_rows: Tensor, restored_rows: Tensor, form: str = "code"
 ) -> tuple[Tensor, Tensor]:
     """Equation 7, CAFD: distances of feature maps and of class weights, apart.
 
     The second has no gradient to the denoiser: an argmax picks rows of a frozen matrix.
 
     Args:
-        clean, restored, clean_weights, restored_weights: as in `caf_eq6`.
+        clean, restored, clean_rows, restored_rows: as in `caf_eq6`.
         form: `paper`: Euclidean norms; `code`: mean squares, the maps enlarged bilinearly to 32x32.
     """
     if form == "paper":
-        return l2_norm(clean, restored), l2_norm(clean_weights, restored_weights)
-    large = [F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False) for x in (clean, restored)]
-    return mse(*large), mse(clean_weights, restored_weights)
+        return l2_norm(clean, restored), l2_norm(clean_rows, restored_rows)
+    return mse(enlarged(clean), enlarged(restored)), mse(clean_rows, restored_rows)
 
 
 # -- adversarial terms on logits ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bench.errors import GridError, WeightsError, unknown
 from bench.protocols import Geometry, ModelSource, Sample, TargetModel
 from bench.weights import sha256_file
+from tasks.microbatch import default_size, micro_batches
 from tasks.mm import ops
 from tasks.mm.checkpoints import load_into
 from tasks.mm.configs import (
@@ -96,7 +97,13 @@ class OpenMMLabModel(TargetModel):
         network: as `build_network` makes it, with weights.
         spec: what happens to an image before the data preprocessor.
         num_classes: number of classes it predicts.
+
+    Attributes:
+        micro_batch: images per call where images can be taken together (see `tasks.microbatch`); None = the device's
+            safe default.
     """
+
+    micro_batch: int | None = None
 
     def __init__(self, network: nn.Module, spec: InputSpec, num_classes: int) -> None:
         super().__init__()
@@ -160,34 +167,49 @@ class OpenMMLabModel(TargetModel):
         """An empty data sample of the package."""
 
     def features(self, images: Tensor, layer: str) -> Tensor:
-        """Output of module `layer` of the network (such as `backbone.layer2`), (B, C, ...); one image at a time.
+        """Output of module `layer` of the network (such as `backbone.layer2`), (B, C, ...).
+
+        A module that returns several maps (`backbone`, `neck`) gives the activations of all of them, (B, N).
 
         Raises:
-            GridError: no such layer, or it does not return one tensor per image.
+            GridError: no such layer, it is not run, or it does not return tensors with a row per image.
         """
         modules = {name: module for name, module in self.network.named_modules() if name}
         if layer not in modules:
             raise GridError(unknown(f"layer of {type(self.network).__name__}", layer, modules))
-        outputs = []
-        for index in range(len(images)):
-            image = images[index : index + 1]
+
+        def run(group: Tensor) -> Tensor:
             seen: list[Any] = []
-            # Cloned at once: an in-place ReLU after the layer would overwrite what it returned.
             hook = modules[layer].register_forward_hook(
-                lambda _module, _inputs, out, seen=seen: seen.append(
-                    out.clone() if isinstance(out, Tensor) else out
-                )
+                lambda _module, _inputs, out: seen.append(_copied(out))
             )
             try:
-                self.network.extract_feat(self.preprocess(image, self.new_samples(image)))
+                self.run_up_to(layer, self.preprocess(group, self.new_samples(group)))
             finally:
                 hook.remove()
-            if not seen or not isinstance(seen[-1], Tensor) or len(seen[-1]) != 1:
+            if not seen:
+                raise GridError(f"layer '{layer}' of {type(self.network).__name__} is not run for features")
+            maps = [seen[-1]] if isinstance(seen[-1], Tensor) else seen[-1]
+            if not isinstance(maps, list) or not all(
+                isinstance(x, Tensor) and len(x) == len(group) for x in maps
+            ):
                 raise GridError(
                     f"layer '{layer}' of {type(self.network).__name__} does not return one row per image"
                 )
-            outputs.append(seen[-1])
-        return torch.cat(outputs).float()
+            return maps[0] if len(maps) == 1 else torch.cat([x.flatten(1) for x in maps], 1)
+
+        return micro_batches(run, images, self.micro_batch or default_size(images.device)).float()
+
+    def run_up_to(self, layer: str, inputs: Tensor) -> None:
+        """Run the part of the network that contains `layer` on preprocessed images; its output is not needed."""
+        self.network.extract_feat(inputs)
+
+
+def _copied(out: Any) -> Any:
+    # At once: an in-place ReLU after the layer would overwrite what it returned.
+    if isinstance(out, list | tuple):
+        return [_copied(x) for x in out]
+    return out.clone() if isinstance(out, Tensor) else out
 
 
 def moved(geometry: Geometry | None, index: int) -> tuple[tuple[float, float], tuple[float, float]]:

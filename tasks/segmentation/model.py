@@ -90,6 +90,13 @@ class Segmenter(OpenMMLabModel):
 
         return SegDataSample(metainfo=metainfo)
 
+    def run_up_to(self, layer: str, inputs: Tensor) -> None:
+        """Run backbone and neck, and the decode head where `layer` is part of it."""
+        if layer.split(".")[0] in ("backbone", "neck"):
+            super().run_up_to(layer, inputs)
+            return
+        self.network.encode_decode(inputs, _metas(inputs))
+
     # -- queries ------------------------------------------------------------------------------------------------
     def logits(self, images: Tensor, *, geometry: Geometry | None = None) -> Tensor:
         """Class scores (B, K, H, W) in float32, at the size of the prepared images, by the config's test mode."""
@@ -104,11 +111,8 @@ class Segmenter(OpenMMLabModel):
     def _inference(self, images: Tensor) -> Tensor:
         height, width = int(images.shape[-2]), int(images.shape[-1])
         inputs = self.preprocess(images, self.new_samples(images))
-        # Made anew on every call: sliding-window inference writes into them. Logits come at the padded size, and
-        # all padding is below and to the right.
-        shape = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-        metas = [{"ori_shape": shape, "img_shape": shape, "pad_shape": shape} for _ in range(len(images))]
-        out: Tensor = self.network.inference(inputs, metas)
+        # Logits come at the padded size, and all padding is below and to the right.
+        out: Tensor = self.network.inference(inputs, _metas(inputs))
         return out[..., :height, :width]
 
     def loss(
@@ -158,6 +162,12 @@ class Segmenter(OpenMMLabModel):
         """Label maps (H, W), int64 on the CPU, at the size of the prepared images."""
         with torch.no_grad():
             return list(self.logits(images, geometry=geometry).argmax(1).cpu())
+
+
+def _metas(inputs: Tensor) -> list[dict[str, Any]]:
+    """What mmseg asks to know of each image; made anew on every call, since sliding-window inference writes into it."""
+    shape = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+    return [{"ori_shape": shape, "img_shape": shape, "pad_shape": shape} for _ in range(len(inputs))]
 
 
 def _still(geometry: Geometry) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.vgg import cfgs, make_layers
 
 from attacks.feature import ClassActivationDistance, FeatureDistance
-from bench.errors import GridError, NotApplicable, PluginError
-from bench.protocols import ImageRNG
-from bench.registry import ATTACKS
+from bench.errors import GridError, NotApplicable, PluginError, WeightsError
+from bench.protocols import Batch, ImageRNG
+from bench.registry import ATTACKS, DATASETS, MODELS
 from bench.threat import ModelOracle, Victim
+from bench.weights import save_safetensors
 from tasks.classification.model import LogitsClassifier
 
 
@@ -154,10 +159,102 @@ def test_missing_layers(target, images):
         attack.run(oracle(attack, headless, ImageRNG(range(4))), images, [0] * 4, ImageRNG(range(4)))
 
 
+def test_ssp_finds_a_layer(target, images):
+    rng = ImageRNG(range(4))
+    free, named = (
+        ATTACKS.create("ssp", {"layer": layer, "steps": 3}).run(
+            oracle(ATTACKS.create("ssp"), target, rng), images, [0] * 4, rng.fork("run")
+        )
+        for layer in (None, "conv")
+    )
+    assert torch.equal(free, named)
+
+
+# -- other tasks ----------------------------------------------------------------------------------------------------
+def load(model: str, dataset: str):
+    loaded = MODELS.create(model).load(torch.device("cpu"))
+    data = DATASETS.create(dataset, {"split": "train", "count": 2})
+    return loaded, Batch.of([loaded.prepare(data[i]) for i in range(2)])
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return load("mini_pspnet", "mini_scenes_seg")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return load("mini_ssd", "mini_scenes_det")
+
+
+@pytest.mark.parametrize(("name", "params"), [("cafa", {"mode": "paper"}), ("cafa", {}), ("ssp", {})])
+def test_segmenters_are_attacked(name, params, segmenter):
+    victim, batch = segmenter
+    attack = ATTACKS.create(name, {**params, "steps": 5})
+    view = oracle(attack, victim, ImageRNG(range(2)))
+    out = attack.run(view, batch.images, batch.targets, ImageRNG(range(2)))
+    eps = float(attack.eps)
+    assert 0.9 * eps < (out - batch.images).abs().max() <= eps + 1e-6
+    assert all(t.nonfinite == 0 and t.zero == 0 and t.last_loss > t.first_loss for t in view.traces)
+
+
+def test_class_activation_of_every_pixel_by_hand(segmenter):
+    victim, batch = segmenter
+    loss = ClassActivationDistance("paper", "decode_head.bottleneck")
+    view = oracle(ATTACKS.create("cafa"), victim, ImageRNG(range(2)))
+    moved = (batch.images + 0.1).clamp(0, 1)
+
+    def phi(x):
+        maps, last = victim.features(x, "decode_head.bottleneck"), victim.network.decode_head.conv_seg
+        out = torch.empty_like(maps)
+        scores = torch.einsum("kc,bchw->bkhw", last.weight[:, :, 0, 0], maps) + last.bias[:, None, None]
+        for b, i, j in itertools.product(range(2), range(0, 24, 5), range(0, 24, 5)):
+            out[b, :, i, j] = maps[b, :, i, j] * last.weight[scores[b, :, i, j].argmax(), :, 0, 0]
+        return out[:, :, ::5, ::5]
+
+    with torch.no_grad():
+        assert torch.allclose(loss.reference(view, moved)[:, :, ::5, ::5], phi(moved), atol=1e-5)
+        got = loss(view, moved, (), loss.reference(view, batch.images))
+        gap = loss.reference(view, moved) - loss.reference(view, batch.images)
+        assert torch.allclose(got, gap.flatten(1).norm(dim=1), rtol=1e-4)
+
+
+def test_detectors_are_attacked_by_ssp_alone(detector):
+    victim, batch = detector
+    attack = ATTACKS.create("ssp", {"steps": 3})
+    view = oracle(attack, victim, ImageRNG(range(2)))
+    out = attack.run(view, batch.images, batch.targets, ImageRNG(range(2)))
+    assert (out - batch.images).abs().max() > 0.9 * float(attack.eps)
+    assert all(t.zero == 0 and t.last_loss > t.first_loss for t in view.traces)
+    cafa = ATTACKS.create("cafa")
+    with pytest.raises(NotApplicable, match=r"which a detector \(SingleStageDetector\) does not have"):
+        cafa.run(oracle(cafa, victim, ImageRNG(range(2))), batch.images, batch.targets, ImageRNG(range(2)))
+
+
+def test_ssp_on_a_vgg_of_its_own(target, images, tmp_path):
+    path = tmp_path / "vgg.safetensors"
+    widths = [v if v == "M" else int(v) // 16 for v in cfgs["D"]]
+    torch.manual_seed(0)
+    save_safetensors(path, {f"features.{k}": v for k, v in make_layers(widths).state_dict().items()})
+    attack = ATTACKS.create("ssp", {"vgg": str(path), "steps": 3})
+    assert attack.needs == {"gradient"}
+    large = F.interpolate(images, size=(32, 32))
+    view = oracle(attack, target, ImageRNG(range(4)))
+    out = attack.run(view, large, [0] * 4, ImageRNG(range(4)))
+    assert all(t.zero == 0 and t.last_loss > t.first_loss and t.forwards == 0 for t in view.traces)
+    assert (out - large).abs().max() > 0.9 * float(attack.eps)
+    moved = path.rename(tmp_path / "other.safetensors")
+    again = ATTACKS.create("ssp", {"vgg": str(moved), "steps": 3})
+    with pytest.raises(WeightsError, match="cannot be read"):
+        attack.identity()
+    assert again.identity()["params"]["vgg"] == hashlib.sha256(moved.read_bytes()).hexdigest()
+
+
 def test_needs_are_declared():
     assert ATTACKS.create("cafa").needs == {"gradient", "features", "logits"}
     assert ATTACKS.create("ssp").needs == {"gradient", "features"}
-    assert ATTACKS.create("cafa").tasks == {"classification"} and ATTACKS.create("ssp").tasks is None
+    assert ATTACKS.create("cafa").tasks == {"classification", "segmentation"}
+    assert ATTACKS.create("ssp").tasks is None
     assert ATTACKS.create("cafa").passes() == 100
 
 

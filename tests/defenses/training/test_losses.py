@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from defenses.training import losses
+from tasks.heads import class_rows
 
 A = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
 B = torch.tensor([[0.0, 4.0], [3.0, 2.0]])  # differences 1, -2, 0, 4
@@ -40,35 +42,45 @@ RESTORED = torch.tensor([1.0, 2.0, 3.0, 0.0, -1.0, 3.0, 1.0, 2.0]).view(1, 2, 2,
 WEIGHT = torch.tensor([[2.0, -1.0], [1.0, 3.0]])
 
 
+def rows(*values: float) -> torch.Tensor:
+    """One image's row of the last linear layer."""
+    return torch.tensor([values], dtype=torch.float32)[:, :, None, None]
+
+
 def test_class_activation_features():
-    w = losses.class_weights(WEIGHT, torch.tensor([[0.2, 0.9], [0.5, 0.1]]))
-    assert w.tolist() == [[1.0, 3.0], [2.0, -1.0]]
-    phi = losses.class_activation(FEATURES, torch.tensor([[2.0, -1.0]]))
+    phi = losses.class_activation(FEATURES, rows(2, -1))
     assert phi.flatten().tolist() == [2, 4, 6, 8, 1, 0, -1, -2]
     # ReLU: minimum 0, maximum 8; constant maps survive the enlargement.
     normal = losses.normalised_activation(phi, 2)
     assert normal.flatten().tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 0.125, 0, 0, 0])
+    # Behind a segmenter every pixel brings the row of its own class: (2, -1) in the first column, (1, 3) in the second.
+    own = torch.tensor([[2.0, 1.0], [2.0, 1.0], [-1.0, 3.0], [-1.0, 3.0]]).view(1, 2, 2, 2)
+    assert losses.class_activation(FEATURES, own).flatten().tolist() == [2, 2, 6, 4, 1, 0, -1, 6]
+
+
+def test_only_small_maps_are_enlarged():
+    assert losses.enlarged(torch.ones(1, 2, 8, 4)).shape == (1, 2, 32, 32)
+    large = torch.rand(1, 2, 40, 48)
+    assert torch.equal(losses.enlarged(large), large)
+    assert losses.enlarged(torch.ones(1, 2, 8, 48)).shape == (1, 2, 32, 48)
 
 
 def test_caf_equation_6():
-    w = torch.tensor([[2.0, -1.0]])
+    w = rows(2, -1)
     paper = losses.caf_eq6(FEATURES, RESTORED, w, w, "paper")
     assert value(paper) == pytest.approx(math.sqrt(8**2 + 3**2))
     same = torch.ones(1, 1, 2, 2)
     # Each side is divided by its own maximum: twice the map is the same map.
-    assert value(losses.caf_eq6(same, 2 * same, same[:, :, 0, 0], same[:, :, 0, 0], "code")) == pytest.approx(
-        0
-    )
+    assert value(losses.caf_eq6(same, 2 * same, rows(1), rows(1), "code")) == pytest.approx(0)
     left = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
     # 2 to 32 columns, bilinear: the left map falls from 1 to 0, the right one rises; their difference is 1 - 2t.
     t = ((torch.arange(32) + 0.5) / 16 - 0.5).clamp(0, 1)
     expected = float((1 - 2 * t).square().mean())
-    one = torch.ones(1, 1)
-    assert value(losses.caf_eq6(left, left.flip(3), one, one, "code")) == pytest.approx(expected, rel=1e-5)
+    assert value(losses.caf_eq6(left, left.flip(3), rows(1), rows(1), "code")) == pytest.approx(expected, rel=1e-5)
 
 
 def test_caf_equation_7():
-    w, v = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 3.0]])
+    w, v = rows(2, -1), rows(1, 3)
     maps, weights = losses.caf_eq7(FEATURES, RESTORED, w, v, "paper")
     assert value(maps) == pytest.approx(5.0) and value(weights) == pytest.approx(math.sqrt(17))
     flat, shifted = torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 3.0)
@@ -76,12 +88,23 @@ def test_caf_equation_7():
     assert value(maps) == pytest.approx(9.0) and value(weights) == pytest.approx(17 / 2)
 
 
-def test_the_weight_term_of_equation_7_does_not_train_the_denoiser():
-    x = torch.randn(1, 2, 2, 2, requires_grad=True)
-    logits = x.mean((2, 3)) @ WEIGHT.T
-    rows = losses.class_weights(WEIGHT, logits)
-    _, weights = losses.caf_eq7(FEATURES, x, torch.zeros(1, 2), rows)
-    assert not weights.requires_grad
+def test_rows_of_the_predicted_classes_have_no_gradient():
+    linear = nn.Linear(2, 2, bias=False)
+    linear.weight.data.copy_(WEIGHT)
+    x = FEATURES.clone().requires_grad_()
+    # Pooled to (2.5, 0.5): logits 4.5 and 4.
+    w = class_rows(linear, x, lambda: linear(x.mean((2, 3))))
+    assert w.tolist() == rows(2, -1).tolist() and not w.requires_grad
+    _, distance = losses.caf_eq7(FEATURES, x, rows(1, 3), w)
+    assert value(distance) == pytest.approx((1 + 16) / 2) and not distance.requires_grad
+
+
+def test_rows_of_every_pixel_behind_a_segmenter():
+    last = nn.Conv2d(2, 2, 1, bias=False)
+    last.weight.data.copy_(WEIGHT[:, :, None, None])
+    # Pixels (1, -1), (2, 0), (3, 1), (4, 2): logits (3, -2), (4, 2), (5, 6), (6, 10).
+    w = class_rows(last, FEATURES, lambda: pytest.fail("a convolution needs no logits"))
+    assert w.flatten().tolist() == [2, 2, 1, 1, -1, -1, 3, 3]
 
 
 REAL, FAKE = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [-2.0]])  # means 2 and -1
