@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from bench.errors import GridError, NotApplicable, WeightsError, unknown
 from bench.protocols import Geometry, ImageRNG
 from bench.registry import MODELS
 from tasks.detection.objects import Detections, Objects, warp_masks
+from tasks.microbatch import default_size
 from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved, seeded
 from tasks.mm.configs import InputSpec, Package
 
@@ -148,9 +150,7 @@ class Detector(OpenMMLabModel):
         from mmengine.structures import InstanceData
 
         size = (int(image.shape[-2]), int(image.shape[-1]))
-        corners = target.corners() * np.array([scale[1], scale[0]] * 2) + np.array([offset[1], offset[0]] * 2)
-        corners = corners.clip(0, np.array([size[1], size[0]] * 2))
-        keep = ~target.skipped() & (corners[:, 2] - corners[:, 0] >= 1) & (corners[:, 3] - corners[:, 1] >= 1)
+        corners, keep = self._visible(size, target, scale, offset)
         if not keep.any():
             return None
         truth = InstanceData(
@@ -164,6 +164,15 @@ class Detector(OpenMMLabModel):
         (sample,) = self.new_samples(image)
         sample.gt_instances = truth.to(image.device)
         return sample
+
+    def _visible(
+        self, size: tuple[int, int], target: Objects, scale: tuple[float, float], offset: tuple[float, float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Corners (N, 4) of the objects where the pixels are now, and which of them (N,) can be found there."""
+        corners = target.corners() * np.array([scale[1], scale[0]] * 2) + np.array([offset[1], offset[0]] * 2)
+        corners = corners.clip(0, np.array([size[1], size[0]] * 2))
+        keep = ~target.skipped() & (corners[:, 2] - corners[:, 0] >= 1) & (corners[:, 3] - corners[:, 1] >= 1)
+        return corners, keep
 
     def _pad_masks(self, sample: Any) -> None:
         if self.with_mask and getattr(self.network.data_preprocessor, "pad_mask", False):
@@ -181,6 +190,60 @@ class Detector(OpenMMLabModel):
         if not terms:
             raise NotApplicable(f"this detector has no '{kind}' loss")
         return torch.stack(terms).sum()
+
+    # -- features -----------------------------------------------------------------------------------------------
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The maps that class features are cropped from, each (B, C, H, W), differentiable to the pixels.
+
+        Of a detector with regions, all maps of its neck; of a single-stage one, the backbone's last map, as Xu et al.
+        2020 (appendix A.1) and their code have it for SSD.
+        """
+        groups = []
+        for group in images.split(self.micro_batch or default_size(images.device)):
+            inputs = self.preprocess(group, self.new_samples(group))
+            if hasattr(self.network, "roi_head"):
+                groups.append(list(self.network.extract_feat(inputs)))
+            else:
+                groups.append([self.network.backbone(inputs)[-1]])
+        return [torch.cat(level).float() for level in zip(*groups, strict=True)]
+
+    def class_features(
+        self, images: Tensor, targets: Sequence[Objects], maps: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One feature vector with its class for every object that a loss would look at, image by image.
+
+        Of a detector with regions: its RoI features of the ground-truth box, averaged over the box. Of a single-stage
+        one: the mean of the backbone's last map over the cells that the box touches (Xu et al. crop it, A.1; their
+        code leaves out cells at the lower and right edge).
+
+        Args:
+            images: (B, 3, H, W) in [0,1].
+            targets: ground truth in their coordinates.
+            maps: `feature_maps` of the images, where they are known already.
+
+        Returns:
+            Features (N, C), differentiable to the pixels, and labels (N,), int64, on their device.
+        """
+        levels = list(maps) if maps is not None else self.feature_maps(images)
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        shape = self.preprocess(images[:1].detach(), self.new_samples(images[:1])).shape[-2:]
+        boxes, labels = [], []
+        for index, target in enumerate(targets):
+            corners, keep = self._visible(size, target, (1.0, 1.0), (0.0, 0.0))
+            own = torch.from_numpy(corners[keep]).to(levels[0])
+            boxes.append(torch.cat([own.new_full((len(own), 1), index), own], 1))
+            labels.append(torch.from_numpy(target.labels[keep]).long())
+        rois = torch.cat(boxes)
+        roi_head: Any = getattr(self.network, "roi_head", None)
+        if roi_head is None:
+            features = _cropped(levels[-1], rois, (int(shape[0]), int(shape[1])))
+        elif len(rois):
+            extractors = roi_head.bbox_roi_extractor
+            extractor: Any = extractors[0] if isinstance(extractors, nn.ModuleList) else extractors
+            features = extractor(tuple(levels[: extractor.num_inputs]), rois).mean((2, 3))
+        else:
+            features = levels[0].new_zeros(0, levels[0].shape[1])
+        return features, torch.cat(labels).to(features.device)
 
     # -- prediction ---------------------------------------------------------------------------------------------
     def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Detections]:
@@ -214,6 +277,21 @@ class Detector(OpenMMLabModel):
         return Detections(
             boxes, result.scores.detach().float().cpu(), result.labels.detach().long().cpu(), masks
         )
+
+
+def _cropped(features: Tensor, rois: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean (N, C) of a map (B, C, h, w) of images of `size` over the cells that each box touches.
+
+    Args:
+        rois: (N, 5): image, x1, y1, x2, y2 in pixels.
+    """
+    height, width = int(features.shape[2]), int(features.shape[3])
+    rows = []
+    for image, x1, y1, x2, y2 in rois.tolist():
+        top, left = int(y1 * height / size[0]), int(x1 * width / size[1])
+        bottom, right = math.ceil(y2 * height / size[0]), math.ceil(x2 * width / size[1])
+        rows.append(features[int(image), :, top:bottom, left:right].mean((1, 2)))
+    return torch.stack(rows) if rows else features.new_zeros(0, features.shape[1])
 
 
 # -- sources ------------------------------------------------------------------------------------------------------
