@@ -8,6 +8,7 @@ batch size, workers, order, paths or the number of images: rows are stored per i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -277,6 +278,14 @@ class _Planner:
             self._placed[key] = (defense, placed)
         return self._placed[key][1]
 
+    def _surrogate(self, target: Target, original: Defense, threat: ThreatSpec, where: str) -> Defense | None:
+        """The defense that a gray-box attacker trained; None when it is missing."""
+        if threat.surrogate is None:
+            other = self._retrained(original, int(threat.surrogate_seed or 0))
+        else:
+            other = self._defense(threat.surrogate, f"{where}.surrogate")[1]
+        return self._place(other, target.role)
+
     def _retrained(self, defense: Defense, seed: int) -> Defense:
         key = (id(defense), seed)
         if key not in self._others:
@@ -351,6 +360,9 @@ class _Planner:
                 skip = reason.reason
             else:
                 if placed is None:
+                    if threat is not None and threat.level == "gray_box":
+                        with contextlib.suppress(NotApplicable):
+                            self._surrogate(target, original, threat, where)  # to note that it is missing too
                     return
                 defense = placed
         if attack is not None and threat is not None:
@@ -429,11 +441,7 @@ class _Planner:
                 if source.role == target.role:
                     raise NotApplicable(f"transfer from {source.role} to itself is not a transfer")
         elif threat.level == "gray_box":
-            if threat.surrogate is None:
-                other = self._retrained(original, int(threat.surrogate_seed or 0))
-            else:
-                other = self._defense(threat.surrogate, f"{where}.surrogate")[1]
-            behind = self._place(other, target.role)
+            behind = self._surrogate(target, original, threat, where)
             if behind is None:
                 return None
             mode = "exact"
