@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bench.errors import GridError, NotApplicable, WeightsError, unknown
 from bench.protocols import Geometry, ImageRNG
 from bench.registry import MODELS
+from tasks.detection.dense import candidates, class_probabilities, emptiness, objectness, swap_margin
 from tasks.detection.objects import Detections, Objects, warp_masks
 from tasks.microbatch import default_size
 from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved, seeded
@@ -33,6 +34,10 @@ _GROUPS = (
 _KINDS: dict[str, tuple[str, ...]] = {
     "cls": ("cls",), "loc": ("loc",), "cls+loc": ("cls", "loc"), "mask": ("mask",), "total": ("cls", "loc", "mask"),
 }  # fmt: skip
+#: Kinds that read the scores of all anchors or proposals instead of mmdet's losses.
+_DENSE = ("objectness", "emptiness", "swap")
+#: How much a candidate must overlap an object to be one of its own, and proposals each other to suppress (DAG).
+_OVERLAP, _NMS = 0.1, 0.9
 
 
 def loss_group(name: str) -> str | None:
@@ -67,10 +72,17 @@ class Detector(OpenMMLabModel):
     those of a region proposal network included; `cls+loc` is their sum; `mask` the mask loss; `total` everything.
     Targets stay the ground truth. Region proposals are constants to the gradient, as mmdet detaches them. An image
     without ground truth has loss 0 and gradient 0: an attack leaves it clean.
+
+    Three more read the scores of every candidate (the anchors of a dense head, the proposals of a two-stage detector on
+    the image as it is). `objectness` and `emptiness` need no ground truth: mean cross-entropy of the candidates to the
+    background, which grows with every object seen, and to anything but the background (Chow et al. 2020). `swap` is
+    the sum, over the candidates on an object that are still given its true label, of wrong minus true logit (Xie et
+    al. 2017, eq. 2): negative, and 0 once no candidate is right. It needs targets with true and wrong labels, as the
+    target rules of the task make them.
     """
 
     task: ClassVar[str] = "detection"
-    losses: ClassVar[tuple[str, ...]] = ("cls", "loc", "cls+loc", "mask", "total")
+    losses: ClassVar[tuple[str, ...]] = ("cls", "loc", "cls+loc", "mask", "total", *_DENSE)
 
     def __init__(self, network: nn.Module, spec: InputSpec, num_classes: int) -> None:
         super().__init__(network, spec, num_classes)
@@ -81,7 +93,7 @@ class Detector(OpenMMLabModel):
         self.with_mask = bool(getattr(network, "with_mask", False))
         if not self.with_mask:
             # An attribute of this instance: the class lists what any detector may have.
-            self.losses = ("cls", "loc", "cls+loc", "total")  # type: ignore[misc]
+            self.losses = tuple(kind for kind in type(self).losses if kind != "mask")  # type: ignore[misc]
 
     def resize_target(self, target: Objects, scale: tuple[float, float]) -> Objects:
         """Objects of an image resized by (y, x) factors.
@@ -118,17 +130,20 @@ class Detector(OpenMMLabModel):
         equal losses. Without `rng` every call draws the same.
 
         Raises:
-            GridError: no such kind of loss.
-            NotApplicable: a mask loss of a detector or dataset without masks.
+            GridError: no such kind of loss, or `swap` without wrong labels.
+            NotApplicable: a mask loss of a detector or dataset without masks, or candidates that cannot be scored.
         """
-        if kind not in _KINDS:
-            raise GridError(unknown("loss of task detection", kind, _KINDS))
+        if kind not in (*_KINDS, *_DENSE):
+            raise GridError(unknown("loss of task detection", kind, (*_KINDS, *_DENSE)))
         if kind == "mask" and not self.with_mask:
             raise NotApplicable("this detector predicts no masks, so it has no mask loss")
         seeds = [0] * len(images) if rng is None else list(rng.seeds)
         values = []
         for index, target in enumerate(targets):
             image = images[index : index + 1]
+            if kind in _DENSE:
+                values.append(self._dense(image, target, kind, *moved(geometry, index)))
+                continue
             if kind in ("mask", "total") and self.with_mask and target.masks is None:
                 raise NotApplicable(f"loss '{kind}': the dataset has no masks")
             sample = self._with_truth(image, target, *moved(geometry, index))
@@ -173,6 +188,31 @@ class Detector(OpenMMLabModel):
         corners = corners.clip(0, np.array([size[1], size[0]] * 2))
         keep = ~target.skipped() & (corners[:, 2] - corners[:, 0] >= 1) & (corners[:, 3] - corners[:, 1] >= 1)
         return corners, keep
+
+    def _dense(
+        self,
+        image: Tensor,
+        target: Objects,
+        kind: str,
+        scale: tuple[float, float],
+        offset: tuple[float, float],
+    ) -> Tensor:
+        """A kind of `_DENSE` of one image."""
+        if kind != "swap":
+            of = objectness if kind == "objectness" else emptiness
+            return of(candidates(self.network, *self.collate(image, self.new_samples(image))))
+        if target.true_labels is None:
+            raise GridError(
+                "loss 'swap' needs wrong labels besides the true ones: give the attack a target rule"
+            )
+        corners, keep = self._visible((int(image.shape[-2]), int(image.shape[-1])), target, scale, offset)
+        if not keep.any():
+            return image.sum() * 0.0
+        found = candidates(self.network, *self.collate(image, self.new_samples(image)), nms=_NMS)
+        boxes = torch.from_numpy(corners[keep]).to(found.boxes)
+        true, wrong = (torch.from_numpy(labels[keep]).long().to(image.device)
+                       for labels in (target.true_labels, target.labels))  # fmt: skip
+        return swap_margin(found, boxes, true, wrong, _OVERLAP)
 
     def _pad_masks(self, sample: Any) -> None:
         if self.with_mask and getattr(self.network.data_preprocessor, "pad_mask", False):
@@ -253,13 +293,19 @@ class Detector(OpenMMLabModel):
             for index in range(len(images)):
                 image = images[index : index + 1]
                 inputs, samples = self.collate(image, self.new_samples(image))
-                (result,) = self.network.predict(inputs, samples, rescale=True)
+                with class_probabilities(self.network) as seen:
+                    (result,) = self.network.predict(inputs, samples, rescale=True)
                 size = (int(image.shape[-2]), int(image.shape[-1])) if geometry is None else geometry.in_size
-                found.append(self._detections(result.pred_instances, size, *moved(geometry, index)))
+                found.append(self._detections(result.pred_instances, seen, size, *moved(geometry, index)))
         return found
 
     def _detections(
-        self, result: Any, size: tuple[int, int], scale: tuple[float, float], offset: tuple[float, float]
+        self,
+        result: Any,
+        seen: Sequence[Tensor],
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        offset: tuple[float, float],
     ) -> Detections:
         boxes = result.bboxes.detach().float().cpu()
         if scale != (1.0, 1.0) or offset != (0.0, 0.0):
@@ -274,9 +320,12 @@ class Detector(OpenMMLabModel):
             shift = (-offset[0] / scale[0], -offset[1] / scale[1])
             bitmaps = result.masks.detach().cpu().numpy().astype(bool)
             masks = torch.from_numpy(np.ascontiguousarray(warp_masks(bitmaps, back, shift, size)))
-        return Detections(
-            boxes, result.scores.detach().float().cpu(), result.labels.detach().long().cpu(), masks
-        )
+        scores, labels = result.scores.detach(), result.labels.detach()
+        of_class = None
+        if seen:
+            # Suppression drops the other scores of what it keeps; the candidate with the same score has them.
+            of_class = seen[-1][(seen[-1][:, labels] - scores).abs().argmin(0)].float().cpu()
+        return Detections(boxes, scores.float().cpu(), labels.long().cpu(), masks, of_class)
 
 
 def _cropped(features: Tensor, rois: Tensor, size: tuple[int, int]) -> Tensor:

@@ -33,6 +33,7 @@ class Objects:
         crowd: (N,) bool: regions of many objects. Never a target of a loss; a detection inside one is not counted.
         ignore: (N,) bool: objects too difficult to count (VOC). Not a target of a loss either.
         scale: (y, x) factors from original to current coordinates.
+        true_labels: (N,) what `labels` were before an attack's target rule replaced them.
     """
 
     boxes: np.ndarray
@@ -43,9 +44,14 @@ class Objects:
     crowd: np.ndarray | None = None
     ignore: np.ndarray | None = None
     scale: tuple[float, float] = (1.0, 1.0)
+    true_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def relabelled(self, labels: np.ndarray) -> Objects:
+        """The same objects with other `labels` (N,), the target of an attack."""
+        return replace(self, labels=np.asarray(labels, dtype=np.int64), true_labels=self.labels)
 
     def skipped(self) -> np.ndarray:
         """(N,) bool: crowds and ignored objects."""
@@ -90,12 +96,14 @@ class Detections:
         scores: (N,) float32 in [0,1].
         labels: (N,) int64.
         masks: (N, H, W) bool, or None.
+        class_scores: (N, K) scores of all classes, or None where the detector does not tell.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    class_scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,6 +113,26 @@ class Detections:
         """Nothing found."""
         masks = None if mask_size is None else torch.zeros((0, *mask_size), dtype=torch.bool)
         return cls(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), masks)
+
+    def above(self, threshold: float) -> Detections:
+        """The detections with at least this score."""
+        keep = self.scores >= threshold
+        masks, of_class = self.masks, self.class_scores
+        return Detections(
+            self.boxes[keep],
+            self.scores[keep],
+            self.labels[keep],
+            None if masks is None else masks[keep],
+            None if of_class is None else of_class[keep],
+        )
+
+    def as_objects(self, truth: Objects) -> Objects:
+        """The detections as objects, boxes only, of the image that `truth` describes."""
+        sy, sx = truth.scale
+        boxes = self.boxes.double().cpu().numpy().reshape(-1, 4) / np.array([sx, sy, sx, sy])
+        boxes[:, 2:] -= boxes[:, :2]
+        labels = self.labels.cpu().numpy().astype(np.int64)
+        return Objects(boxes, labels, truth.size, truth.num_classes, scale=truth.scale)
 
 
 def warp_masks(

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bench.protocols import Metric, Task
+from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
 from tasks.detection.objects import THRESHOLDS, Detections, Objects, match
+from tasks.targets import wrong_classes
 
 __all__ = ["BoxMAP", "BoxMAP50", "Detection", "MaskMAP", "MaskMAP50"]
 
@@ -29,7 +30,9 @@ class Detection(Task):
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("box_map50", "box_map", "mask_map50", "mask_map")
-    losses: ClassVar[tuple[str, ...]] = ("cls", "loc", "cls+loc", "mask", "total")
+    losses: ClassVar[tuple[str, ...]] = (
+        "cls", "loc", "cls+loc", "mask", "total", "objectness", "emptiness", "swap",
+    )  # fmt: skip
     batch_size: ClassVar[int] = 8
 
     def rows(self, prediction: Any, target: Any) -> dict[str, Any]:
@@ -47,6 +50,17 @@ class Detection(Task):
             score = 1.0 - max((s for entry in boxes for s, g in zip(entry["s"], entry["g"], strict=True) if not g & 1),
                               default=0.0)  # fmt: skip
         return {"score": float(score), "objects": objects, "box": boxes, "mask": masks}
+
+    def attack_targets(
+        self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
+    ) -> tuple[Objects, ...]:
+        """The objects with wrong labels by `rule` (`tasks.targets.wrong_classes`); boxes and masks stay.
+
+        Raises:
+            GridError: unknown rule, or a class the model does not have.
+        """
+        wrong = wrong_classes(rule, self.name, num_classes, rng)
+        return tuple(t.relabelled(w[t.labels]) for t, w in zip(targets, wrong, strict=True))
 
 
 @dataclass(frozen=True)

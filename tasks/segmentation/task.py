@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from bench.errors import DataError
-from bench.protocols import Metric, Task
+from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
+from tasks.targets import wrong_classes
 
 __all__ = ["IGNORE", "MeanIoU", "PixelAccuracy", "Segmentation"]
 
@@ -54,6 +55,22 @@ class Segmentation(Task):
             "intersection": intersection[classes].tolist(),
             "union": union[classes].tolist(),
         }
+
+    def attack_targets(
+        self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
+    ) -> tuple[torch.Tensor, ...]:
+        """Wrong label maps by `rule` (`tasks.targets.wrong_classes`); ignored pixels stay ignored.
+
+        Raises:
+            GridError: unknown rule, or a class the model does not have.
+            DataError: labels that the model does not have.
+        """
+        maps = []
+        for target, wrong in zip(targets, wrong_classes(rule, self.name, num_classes, rng), strict=True):
+            labels = label_map(target, num_classes)
+            table = torch.from_numpy(np.concatenate([wrong, np.full(IGNORE + 1 - num_classes, IGNORE)]))
+            maps.append(table[labels])
+        return tuple(maps)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,8 @@ def test_boxes_of_a_resized_image_are_judged_in_original_pixels() -> None:
 
 
 def test_registered_with_directions() -> None:
-    assert TASKS.create("detection").losses == ("cls", "loc", "cls+loc", "mask", "total")
+    kinds = ("cls", "loc", "cls+loc", "mask", "total", "objectness", "emptiness", "swap")
+    assert TASKS.create("detection").losses == kinds
     for name in Detection.metrics:
         metric = METRICS.create(name)
         assert metric.task == "detection" and metric.higher_is_better and metric.interval == "bootstrap"

@@ -1,0 +1,43 @@
+"""Wrong labels for targeted attacks on what has many labels an image: label maps and objects."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.errors import GridError, unknown
+from bench.protocols import ImageRNG
+
+__all__ = ["wrong_classes"]
+
+_RULES = ("class:K", "next", "random")
+
+
+def wrong_classes(rule: str, task: str, num_classes: int, rng: ImageRNG) -> np.ndarray:
+    """The class that each class is to be mistaken for, (B, num_classes) int64.
+
+    `next`: the class plus one, the last goes to 0. `random`: any other class with equal chance, drawn for each class of
+    each image (Xie et al. 2017 map classes to classes). `class:K`: class K, which itself stays K.
+
+    Raises:
+        GridError: unknown rule, a class the model does not have, or no wrong class to choose.
+    """
+    if num_classes < 2:
+        raise GridError(f"target '{rule}': a model of {num_classes} classes has no wrong class")
+    classes = np.arange(num_classes)
+    if rule == "next":
+        return np.tile((classes + 1) % num_classes, (len(rng), 1))
+    if rule == "random":
+        # As many numbers for every image, so that no image depends on how many labels another has.
+        steps = rng.integers(1, num_classes, (num_classes,)).numpy()
+        wrong: np.ndarray = (classes + steps) % num_classes
+        return wrong
+    if not rule.startswith("class:"):
+        raise GridError(unknown(f"target rule of task {task}", rule, _RULES))
+    number = rule.removeprefix("class:").strip()
+    if not number.isdecimal():
+        raise GridError(f"target '{rule}': expected class:K with a class number, such as class:3")
+    if int(number) >= num_classes:
+        raise GridError(
+            f"target '{rule}': class {number} does not exist, the model has {num_classes} classes"
+        )
+    return np.full((len(rng), num_classes), int(number))
