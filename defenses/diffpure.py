@@ -52,7 +52,7 @@ class DiffPure(Learned):
 
     Raises:
         WeightsError: the checkpoint is missing, unreadable or of another network, or `diffusers` is not installed.
-        ValueError: more steps than timesteps up to t*.
+        ValueError: more steps than timesteps up to t*, or a t* that the network was not trained for.
     """
 
     networks = ("ddpm",)
@@ -93,11 +93,16 @@ class DiffPure(Learned):
         """The timesteps the reverse process visits, counted from 0, last first; the first of them is that of t*.
 
         Raises:
-            ValueError: there are fewer than `steps`.
+            ValueError: there are fewer than `steps`, or the network was not trained for t*.
             WeightsError: there are no weights.
         """
-        count = len(self._network().alpha_bar)
+        network = self._network()
+        count = len(network.alpha_bar)
         last = max(round(self.t_star * count), 1)
+        if last > network.known:
+            raise ValueError(
+                f"t_star {self.t_star} is timestep {last} of {count}; the network was trained up to {network.known}"
+            )
         steps = last if steps is None else steps
         if steps > last:
             raise ValueError(
@@ -118,15 +123,15 @@ class DiffPure(Learned):
         return images if self.surrogate_steps is None else self._chain(images, rng, self.surrogate_steps)
 
     def _chain(self, images: Tensor, rng: ImageRNG, steps: int | None) -> Tensor:
-        alpha_bar = self._network().alpha_bar.to(images.dtype)
+        alpha_bar = self._network().alpha_bar
         times = self.timesteps(steps)
 
         def noise() -> Tensor:
             return rng.normal(images.shape[1:], images.device).to(images.dtype)
 
-        x = diffused((images - self.mean) / self.std, alpha_bar[times[0]], noise())
+        x = diffused((images - self.mean) / self.std, alpha_bar[times[0]].to(images), noise())
         for time, after in zip(times, [*times[1:], None], strict=True):
-            later = alpha_bar[after] if after is not None else torch.ones_like(alpha_bar[0])
+            later = 1.0 if after is None else float(alpha_bar[after])
             fresh = noise() if self.sampler == "ddpm" and after is not None else None
             if torch.is_grad_enabled() and x.requires_grad:
                 x = checkpoint(
@@ -136,7 +141,7 @@ class DiffPure(Learned):
                 x = self._reverse(x, time, later, fresh)
         return x * self.std + self.mean
 
-    def _reverse(self, x: Tensor, time: int, later: Tensor, fresh: Tensor | None) -> Tensor:
+    def _reverse(self, x: Tensor, time: int, later: float, fresh: Tensor | None) -> Tensor:
         """One reverse step, from x at timestep `time` to where alpha_bar is `later`.
 
         Song et al. (2021), equation 12: the estimate of x_0 is diffused again with the predicted noise, of which a
@@ -145,12 +150,12 @@ class DiffPure(Learned):
         network = self._network()
         when = torch.full((self.group(x.device),), time, device=x.device)
         noise = micro_batches(lambda group: network(group, when), x, len(when))
-        now = network.alpha_bar[time].to(x.dtype)
-        image = (x - (1 - now).sqrt() * noise) / now.sqrt()
+        now = float(network.alpha_bar[time])
+        image = (x - (1 - now) ** 0.5 * noise) / now**0.5
         if self.clip_denoised:
             image = image.clamp(-1, 1)
-            noise = (x - now.sqrt() * image) / (1 - now).sqrt()
+            noise = (x - now**0.5 * image) / (1 - now) ** 0.5
         if fresh is None:
-            return later.sqrt() * image + (1 - later).sqrt() * noise
+            return later**0.5 * image + (1 - later) ** 0.5 * noise
         variance = (1 - later) / (1 - now) * (1 - now / later)
-        return later.sqrt() * image + (1 - later - variance).sqrt() * noise + variance.sqrt() * fresh
+        return later**0.5 * image + (1 - later - variance) ** 0.5 * noise + variance**0.5 * fresh

@@ -21,7 +21,9 @@ Schedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 def alpha_bars(
     timesteps: int = 1000, schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Tensor:
-    """Share of the signal's variance that is left after 1, 2, ... `timesteps` diffusion steps, (timesteps,) float32.
+    """Share of the signal's variance that is left after 1, 2, ... `timesteps` diffusion steps, (timesteps,) float64.
+
+    What samplers need is its small difference to 1, hence the precision.
 
     Args:
         timesteps: number of steps.
@@ -44,7 +46,7 @@ def alpha_bars(
         betas = (1 - left[1:] / left[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"schedule '{schedule}' is not one of linear, scaled_linear, squaredcos_cap_v2")
-    return (1 - betas).cumprod(0).float()
+    return (1 - betas).cumprod(0)
 
 
 def diffused(images: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def diffused(images: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         images: x_0, (B, 3, H, W) in [-1,1].
-        alpha_bar: (B,) or a single value.
+        alpha_bar: of each image, (B,), or of all, ().
         noise: e, of the shape of `images`.
     """
     alpha_bar = alpha_bar.reshape(-1, 1, 1, 1)
@@ -74,12 +76,13 @@ class DDPMUNet(nn.Module):
         attention: resolutions (counted from 0) with self-attention.
         dropout: in training.
         timesteps, schedule: noise schedule (`alpha_bars`).
+        until: part of the process it is trained for, from the image on; less than 1 spends a small network on the part
+            that a purifier runs.
 
     Attributes:
-        alpha_bar: (timesteps,), see `alpha_bars`.
+        alpha_bar: (timesteps,) on the CPU, see `alpha_bars`.
+        known: number of timesteps it is trained for.
     """
-
-    alpha_bar: Tensor
 
     def __init__(
         self,
@@ -90,11 +93,15 @@ class DDPMUNet(nn.Module):
         dropout: float = 0.1,
         timesteps: int = 1000,
         schedule: str = "linear",
+        until: float = 1.0,
     ) -> None:
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
-        self.register_buffer("alpha_bar", alpha_bars(timesteps, schedule), persistent=False)
+        if not 0 < until <= 1:
+            raise ValueError(f"until must be in (0, 1], got {until}")
+        self.known = max(round(until * timesteps), 1)
+        self.alpha_bar = alpha_bars(timesteps, schedule)
         self.width, self.stride = width, 2 ** (len(multipliers) - 1)
         time = 4 * width
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
@@ -159,12 +166,11 @@ class DiffusersUNet(nn.Module):
         alpha_bar: its noise schedule.
     """
 
-    alpha_bar: Tensor
-
     def __init__(self, unet: nn.Module, alpha_bar: Tensor) -> None:
         super().__init__()
         self.unet = unet
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.alpha_bar = alpha_bar
+        self.known = len(alpha_bar)
         self.stride = 2 ** (len(unet.config["block_out_channels"]) - 1)
 
     def forward(self, images: Tensor, steps: Tensor) -> Tensor:

@@ -14,9 +14,12 @@ class DISCONet(nn.Module):
 
     The implicit function (LIIF, Chen et al., CVPR 2021) sees, for every pixel, the 3x3 features around it, where the
     pixel lies relative to them and how large it is, and knows nothing else of the image. Its first layer is applied to
-    the features as a 3x3 convolution, which is the same product without the copies. Where the output has the size of
-    the input, as in the defense, LIIF's blending of four neighbouring predictions has weights 1, 0, 0, 0: the nearest
-    features are used alone. 1,567,299 parameters with the defaults.
+    the features as a 3x3 convolution, which is the same product without the copies. 1,567,299 parameters with the
+    defaults.
+
+    The nearest features are used alone. LIIF blends four neighbouring predictions, but where the output has the size
+    of the input, as in the defense, their weights are 1, 0, 0, 0 (in its code not so in the last row and column, where
+    a clamp makes them equal).
 
     Args:
         width: channels of the features.

@@ -81,7 +81,8 @@ class DISCOObjective(Objective):
 class DiffusionObjective(Objective):
     """The simple loss of DDPM (Ho et al., NeurIPS 2020, equation 14), on clean images alone.
 
-    Each image is diffused to a step of its own, drawn evenly, and the network predicts the noise.
+    Each image is diffused to a step of its own, drawn evenly from those the network is meant for, and the network
+    predicts the noise.
 
     Args:
         ema: decay of the moving average of the weights, which is what the defense uses; 0 = none.
@@ -100,13 +101,12 @@ class DiffusionObjective(Objective):
         if not isinstance(network, DDPMUNet):
             raise PluginError(f"objective 'ddpm' trains network 'ddpm', not {type(network).__name__}")
         images = step.inner(step.clean)
-        count = len(network.alpha_bar)
-        when = (_uniform(step, "step", (len(images),)) * count).long().clamp(max=count - 1)
+        when = (_uniform(step, "step", (len(images),)) * network.known).long().clamp(max=network.known - 1)
         noise = torch.randn(images.shape, generator=_stream(step, "noise")).to(images.device)
         # Dropout draws from the global generator: it is lent the step's seed, so that a resumed run draws the same.
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             torch.manual_seed(derive_seed(step.seed, "dropout"))
-            predicted = network(diffused(images, network.alpha_bar[when], noise), when)
+            predicted = network(diffused(images, network.alpha_bar[when.cpu()].to(images), noise), when)
         return {"noise": F.mse_loss(predicted, noise)}
 
 
