@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.scores import as_labels, dlr, margin, runner_up
 from bench.errors import NotApplicable
 from bench.protocols import Needs, Oracle, Warped
 
@@ -101,14 +102,7 @@ class TaskLoss(Loss):
         return oracle.loss(images, targets, self.name)
 
 
-def _labels(targets: Sequence[Any], device: torch.device) -> Tensor:
-    return torch.tensor([int(target) for target in targets], dtype=torch.long, device=device)
-
-
-def _runner_up(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest logit of the other classes, (B,)."""
-    others = logits.scatter(1, labels[:, None], float("-inf"))
-    return others.max(1).values
+_labels, _runner_up = as_labels, runner_up
 
 
 class Margin(Loss):
@@ -130,8 +124,7 @@ class Margin(Loss):
     ) -> Tensor:
         """Margins (B,), not cut off: the objective that `bind` gives is."""
         logits = oracle.logits(images)
-        labels = _labels(targets, logits.device)
-        return _runner_up(logits, labels) - logits.gather(1, labels[:, None])[:, 0]
+        return margin(logits, as_labels(targets, logits.device))
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective, cut off where the attack has reached its confidence."""
@@ -168,10 +161,7 @@ class DLR(Loss):
     ) -> Tensor:
         """Ratios (B,)."""
         logits = oracle.logits(images)
-        labels = _labels(targets, logits.device)
-        top = logits.topk(3, dim=1).values
-        difference = logits.gather(1, labels[:, None])[:, 0] - _runner_up(logits, labels)
-        return -difference / (top[:, 0] - top[:, 2] + 1e-12)
+        return dlr(logits, as_labels(targets, logits.device))
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective.

@@ -69,6 +69,7 @@ class Setting:
                 self.net[6].bias -= self.net(torch.rand(64, 3, 20, 20)).mean(0)
             self.images = (torch.rand(count, 3, *size) * 1.2 - 0.1).clamp(0, 1).to(dtype)
         self.net = self.net.to(dtype).eval().requires_grad_(False)
+        self.target = Target(self.net)
         self.labels = self.net(self.images).argmax(1)
         self.wrong = (self.labels + 3) % 10
 

@@ -1,0 +1,243 @@
+"""APGD: projected gradient ascent that chooses its own step size (Croce and Hein, ICML 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attacks.iterative import Radius, Steps, _Best, _Climb
+from attacks.projections import Projection, make_projection
+from attacks.scores import as_labels, fooled, score
+from attacks.steps import STEPS, l2
+from bench.errors import NotApplicable
+from bench.protocols import Attack, ImageRNG, Oracle
+from bench.registry import ATTACKS
+
+LossName = Literal["ce", "dlr", "dlr_targeted", "margin"]
+
+
+@ATTACKS.register_module(name="apgd")
+class APGD(Attack):
+    """Auto-PGD: momentum, and a step size of 2 eps that halves when progress stalls (Croce and Hein 2020, algorithm 1).
+
+    At each checkpoint an image whose objective rose in at most `rho` of the steps since the last one, or whose best
+    value and step size are what they were, halves its step and returns to its best point. Checkpoints lie
+    max(0.22 N, 1) steps from the start and then ever closer, down to 0.06 N. The start is random, at distance eps.
+
+    An image comes back as its best successful iterate. With a stochastic defense the gradient is the mean over the
+    threat model's draws and success is read off the mean logits of the same draws.
+
+    Args:
+        loss: `ce`, `dlr` (difference of logits ratio, eq. 6), `margin`, or `dlr_targeted` (eq. 7): one run towards
+            each of the `classes` likeliest wrong classes.
+        norm: linf or l2.
+        eps: radius in [0,1] pixel units.
+        steps: number of steps N of a run.
+        restarts: random starts; images fooled by one take no part in the next.
+        classes: target classes of `dlr_targeted`; fewer where the model has fewer.
+        rho: share of rising steps below which the step size halves.
+        momentum: weight of the new step against the last one, 0.75 as published.
+        target: rule for a wrong target to reach; None = untargeted.
+        failed: what becomes of an image that was not fooled: its `best` iterate, or the `clean` image, as AutoAttack
+            has it.
+        stop_when_fooled: a fooled image leaves at once. Only for images that no other pipeline will see.
+    """
+
+    tasks = frozenset({"classification"})
+    needs = frozenset({"gradient", "logits"})
+    stochastic = True
+
+    def __init__(
+        self,
+        loss: LossName = "ce",
+        norm: Literal["linf", "l2"] = "linf",
+        eps: Radius = Fraction(8, 255),
+        steps: Steps = 100,
+        restarts: Annotated[int, Field(ge=1)] = 1,
+        classes: Annotated[int, Field(ge=1)] = 9,
+        rho: Annotated[float, Field(gt=0, le=1)] = 0.75,
+        momentum: Annotated[float, Field(gt=0, le=1)] = 0.75,
+        target: str | None = None,
+        failed: Literal["best", "clean"] = "best",
+        stop_when_fooled: bool = False,
+    ) -> None:
+        if target is not None and loss == "dlr_targeted":
+            raise ValueError(
+                "loss 'dlr_targeted' picks its targets itself: use ce, dlr or margin with a target rule"
+            )
+        if norm == "linf" and eps > 1:
+            raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
+        self.loss, self.norm, self.eps, self.target = loss, norm, eps, target
+        self._eps, self._norm = float(eps), norm
+        self.steps, self.restarts, self.classes = steps, restarts, classes
+        self.rho, self.momentum = rho, momentum
+        self.failed, self.stop_when_fooled = failed, stop_when_fooled
+
+    def passes(self) -> int:
+        runs = self.restarts * (self.classes if self.loss == "dlr_targeted" else 1)
+        return runs * (self.steps + 1)
+
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Adversarial images (B, 3, H, W) in [0,1] and inside the budget.
+
+        Raises:
+            NotApplicable: the loss needs more classes than the victim has.
+        """
+        least = {"dlr": 3, "dlr_targeted": 4}.get(self.loss, 2)
+        if oracle.num_classes < least:
+            raise NotApplicable(
+                f"loss '{self.loss}' needs {least} classes, the model has {oracle.num_classes}"
+            )
+        clean = images.detach()
+        best = _Best(clean)
+        climb = _Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))
+        goals = self._goals(climb) if self.loss == "dlr_targeted" else None
+        for turn in range(1 if goals is None else goals.shape[1]):
+            for _ in range(self.restarts):
+                if len(climb.index) == 0:
+                    break
+                goal = None if goals is None else goals[climb.index.to(goals.device), turn]
+                self._climb(climb, best, goal)
+                climb = climb.select((~best.fooled[climb.index]).nonzero()[:, 0])
+        if self.failed == "clean":
+            lost = (~best.fooled).nonzero()[:, 0].to(clean.device)
+            best.images[lost] = clean[lost]
+        return best.images
+
+    def _goals(self, climb: _Climb) -> Tensor:
+        """The likeliest wrong classes at the clean images, (B, n)."""
+        with torch.no_grad():
+            logits = climb.oracle.logits(climb.clean)
+        labels = as_labels(climb.targets, logits.device)
+        others = logits.scatter(1, labels[:, None], float("-inf"))
+        return others.topk(min(self.classes, logits.shape[1] - 1), dim=1).indices
+
+    def _climb(self, climb: _Climb, best: _Best, goal: Tensor | None) -> None:
+        """One run from one start; what it finds goes to `best`."""
+        device = climb.clean.device
+        objective = _Objective(self.loss, self.target is not None, as_labels(climb.targets, device), goal)
+        project: Projection = make_projection(self._norm, climb.clean, self._eps)
+        x = project(climb.clean + self._eps * self._start(climb))
+        value, grad = self._look(climb, best, objective, x)
+        count = len(x)
+        s = _State(
+            x=x, previous=x, grad=grad, best=x, best_grad=grad, best_value=value, last=value,
+            step=torch.full((count, 1, 1, 1), 2 * self._eps, device=device),
+            rises=torch.zeros(count, device=device), reduced=torch.ones(count, dtype=torch.bool, device=device),
+            best_before=value,
+        )  # fmt: skip
+        window, since = max(int(0.22 * self.steps), 1), 0
+        for step in range(self.steps):
+            if self.stop_when_fooled:
+                out = best.fooled[climb.index]
+                if out.any():
+                    kept = (~out).nonzero()[:, 0]
+                    if len(kept) == 0:
+                        return
+                    climb, objective = climb.select(kept), objective.select(kept)
+                    project, s = project.select(kept.to(device)), s.select(kept.to(device))
+            weight = self.momentum if step > 0 else 1.0
+            ahead = project(
+                s.x + s.step.to(s.x.dtype) * STEPS["l2" if self._norm == "l2" else "sign"](s.grad)
+            )
+            x = project(s.x + weight * (ahead - s.x) + (1 - weight) * (s.x - s.previous))
+            s.previous = s.x
+            value, grad = self._look(climb, best, objective, x)
+            s.arrive(x, value, grad)
+            since += 1
+            if since == window:
+                s.check(self.rho * window)
+                window, since = (
+                    max(window - max(int(0.03 * self.steps), 1), max(int(0.06 * self.steps), 1)),
+                    0,
+                )
+
+    def _start(self, climb: _Climb) -> Tensor:
+        """Perturbations of length 1 in the norm."""
+        shape, device = climb.clean.shape[1:], climb.clean.device
+        if self._norm == "l2":
+            return l2(climb.rng.normal(shape, device).to(climb.clean.dtype))
+        noise = climb.rng.uniform(shape, -1, 1, device).to(climb.clean.dtype)
+        return noise / noise.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+
+    def _look(self, climb: _Climb, best: _Best, objective: _Objective, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and gradient at `x`; a success or a new best is kept."""
+        result = climb.oracle.gradient(x, objective)
+        hit = fooled(objective.take(), objective.labels, self.target is not None)
+        best.offer(climb.index, x, result.value.float(), hit.cpu())
+        return result.value, torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@dataclass
+class _State:
+    """Where each image of a run stands; every tensor's first dimension is the batch."""
+
+    x: Tensor
+    previous: Tensor
+    grad: Tensor
+    best: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    last: Tensor
+    step: Tensor
+    rises: Tensor
+    reduced: Tensor
+    best_before: Tensor
+
+    def select(self, index: Tensor) -> _State:
+        return _State(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def arrive(self, x: Tensor, value: Tensor, grad: Tensor) -> None:
+        """Take the next iterate."""
+        self.rises = self.rises + (value > self.last)
+        better = value > self.best_value
+        wide = better.view(-1, 1, 1, 1)
+        self.best = torch.where(wide, x, self.best)
+        self.best_grad = torch.where(wide, grad, self.best_grad)
+        self.best_value = torch.where(better, value, self.best_value)
+        self.x, self.grad, self.last = x, grad, value
+
+    def check(self, enough: float) -> None:
+        """A checkpoint: conditions 1 and 2 of the paper."""
+        stuck = ~self.reduced & (self.best_before >= self.best_value)
+        self.reduced = (self.rises <= enough) | stuck
+        self.best_before, self.rises = self.best_value, torch.zeros_like(self.rises)
+        wide = self.reduced.view(-1, 1, 1, 1)
+        self.step = torch.where(wide, self.step / 2, self.step)
+        self.x = torch.where(wide, self.best, self.x)
+        self.grad = torch.where(wide, self.best_grad, self.grad)
+
+
+class _Objective:
+    """The loss of fixed images; it remembers its logits, so that knowing a success costs no pass."""
+
+    def __init__(self, loss: LossName, targeted: bool, labels: Tensor, goal: Tensor | None) -> None:
+        self.loss, self.targeted, self.labels, self.goal = loss, targeted, labels, goal
+        self._seen: list[Tensor] = []
+
+    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """Values (B,) to be increased."""
+        z = oracle.logits(images)
+        self._seen.append(z.detach())
+        if self.goal is not None:
+            top = z.topk(4, dim=1).values
+            gap = z.gather(1, self.goal[:, None])[:, 0] - z.gather(1, self.labels[:, None])[:, 0]
+            return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+        return score(self.loss, z, self.labels, self.targeted)
+
+    def take(self) -> Tensor:
+        """Mean logits (B, K) of the draws since the last call."""
+        mean = torch.stack(self._seen).mean(0)
+        self._seen = []
+        return mean
+
+    def select(self, index: Tensor) -> _Objective:
+        at = index.to(self.labels.device)
+        goal = None if self.goal is None else self.goal[at]
+        return _Objective(self.loss, self.targeted, self.labels[at], goal)

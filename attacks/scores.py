@@ -1,0 +1,53 @@
+"""What attacks read off logits: labels as tensors, margins, and whether an image fools its victim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def as_labels(targets: Sequence[Any], device: torch.device) -> Tensor:
+    """Class labels as an integer tensor (B,) on `device`."""
+    return torch.tensor([int(target) for target in targets], dtype=torch.long, device=device)
+
+
+def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest logit of the other classes, (B,), from logits (B, K)."""
+    return logits.scatter(1, labels[:, None], float("-inf")).max(1).values
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y, (B,): positive exactly when another class wins (Carlini and Wagner 2017, f_6)."""
+    return runner_up(logits, labels) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """The margin over the gap between the first and the third largest logit, (B,) (Croce and Hein 2020, eq. 6)."""
+    top = logits.topk(3, dim=1).values
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def fooled(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """(B,) bool: the label does not win, or, `targeted`, it does. A tie goes to the lower class, as at evaluation."""
+    wins = (logits == logits.amax(1, keepdim=True)).int().argmax(1) == labels
+    return wins if targeted else ~wins
+
+
+def score(loss: str, logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """What an attack on scores increases, (B,): the loss of the label, or minus that of the target.
+
+    Args:
+        loss: `ce`, `margin` or `dlr`.
+        logits: (B, K).
+        labels: (B,), true labels or wrong targets.
+        targeted: whether `labels` are to be reached.
+    """
+    if loss == "ce":
+        value = F.cross_entropy(logits, labels, reduction="none")
+    else:
+        value = margin(logits, labels) if loss == "margin" else dlr(logits, labels)
+    return -value if targeted else value

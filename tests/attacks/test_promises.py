@@ -1,0 +1,50 @@
+"""What every attack owes the harness, whatever its algorithm: budget, range, reproducible bits, clean images intact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.registry import ATTACKS
+
+AUTO = {"steps": 3, "queries": 4, "eps": "1/5", "norm": "l2"}
+ATTACKS_AND_PARAMS = [
+    ("apgd", {"steps": 8}),
+    ("apgd", {"steps": 8, "norm": "l2", "eps": "1/2", "loss": "dlr"}),
+    ("apgd", {"steps": 4, "loss": "dlr_targeted", "classes": 2, "restarts": 2, "eps": "2/255"}),
+    ("apgd", {"steps": 8, "stop_when_fooled": True, "failed": "clean", "eps": "2/255"}),
+    ("autoattack", {**AUTO, "attacks": ["apgd-ce", "apgd-t", "fab-t"]}),
+    (
+        "autoattack",
+        {**AUTO, "eps": "2/255", "norm": "linf", "failed": "best", "attacks": ["apgd-ce", "square"]},
+    ),
+]
+IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in ATTACKS_AND_PARAMS]
+
+
+@pytest.mark.parametrize(("name", "params"), ATTACKS_AND_PARAMS, ids=IDS)
+def test_promises(lab, name, params):
+    attack = ATTACKS.create(name, params)
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, _ = lab.batch(5, (14, 11))
+    labels = target.predict(images)
+    before, state = images.clone(), torch.get_rng_state()
+    out = attack.run(lab.oracle(target, attack, 5), images, labels, lab.rng(5))
+    assert torch.equal(images, before) and out.data_ptr() != images.data_ptr() and not out.requires_grad
+    assert torch.equal(torch.get_rng_state(), state), "the global generator has moved"
+    assert out.shape == images.shape and out.dtype == torch.float32 and torch.isfinite(out).all()
+    assert out.min() >= 0 and out.max() <= 1
+    delta = (out - images).flatten(1).double()
+    if attack.eps is not None:
+        length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
+        assert length.max() <= float(attack.eps) + 1e-6
+    assert torch.equal(out, lab.run(attack, target, images, labels)), "another result with the same seeds"
+    if attack.stochastic:
+        assert not torch.equal(out, lab.run(attack, target, images, labels, key="another"))
+    for cut in (1, 3):
+        parts = []
+        for index in (range(cut), range(cut, 5)):
+            at = list(index)
+            view = lab.oracle(target, attack, 5).select(at)
+            parts.append(attack.run(view, images[at], [labels[i] for i in at], lab.rng(5).select(at)))
+        assert torch.equal(torch.cat(parts), out), "the batch's composition changes the result"
