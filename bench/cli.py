@@ -28,6 +28,7 @@ from rich.progress import (
 )  # fmt: skip
 from rich.table import Table
 
+from bench.claims import claims_command
 from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
 from bench.paper import paper_app
 
@@ -45,6 +46,7 @@ zoo_app = typer.Typer(
 )
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(paper_app, name="paper")
+app.command("claims")(claims_command)
 # Into a file or pipe, tables are as wide as their content.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
