@@ -50,9 +50,14 @@ class DAG(Iterative):
         eps: Radius | None = None,
         target: str = "random",
     ) -> None:
-        norm = "none" if eps is None else "linf"
         super().__init__(
-            loss="swap", norm=norm, eps=eps, alpha=gamma, steps=steps, step="linf", target=target
+            loss="swap",
+            norm="none" if eps is None else "linf",
+            eps=eps,
+            alpha=gamma,
+            steps=steps,
+            step="linf",
+            target=target,
         )
         self.loss = _Swap()
         self.tasks = frozenset({"detection"})

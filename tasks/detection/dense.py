@@ -53,7 +53,7 @@ def candidates(network: Any, inputs: Tensor, samples: Sequence[Any], nms: float 
     features = network.extract_feat(inputs)
     if getattr(network, "with_roi_head", False):
         return _proposals(network, features, samples, nms)
-    head = getattr(network, "bbox_head", None)
+    head: Any = getattr(network, "bbox_head", None)
     if not hasattr(head, "prior_generator") or not hasattr(head, "cls_out_channels"):
         raise NotApplicable(f"{type(network).__name__} has no anchors that could be scored one by one")
     levels = head(features)[0]
@@ -143,7 +143,7 @@ def swap_margin(found: Candidates, boxes: Tensor, true: Tensor, wrong: Tensor, o
 def class_probabilities(network: Any) -> Iterator[list[Tensor]]:
     """Collects the class probabilities (P, K) of all candidates during a prediction of one image; empty if unknown."""
     seen: list[Tensor] = []
-    head = getattr(getattr(network, "roi_head", None), "bbox_head", None)
+    head: Any = getattr(getattr(network, "roi_head", None), "bbox_head", None)
     dense = head is None
     if dense:
         head = getattr(network, "bbox_head", None)
