@@ -202,7 +202,13 @@ class CAFA(_Feature):
 
     x' = P(x' + alpha * sign grad D(Phi_x, Phi_x')), Phi the class activation features. As printed the attack starts at
     x, where D and its gradient are zero, and never moves; the code starts uniformly in the ball, as here. Steps and
-    step size are the code's; the main text gives none.
+    step size are the code's; the main text gives none. A segmenter is attacked per pixel (`ClassActivationDistance`).
+
+    Limitations: on the embedded classifiers it leaves 63 to 80 % accuracy at 8/255 where PGD leaves none, and neither
+    300 steps (68 %), a smaller step (73 %), another start (65 %) nor another layer (73 to 97 %) changes that; its
+    gradient agrees with finite differences to eight digits. With w_c held fixed it comes within 10 % of the distance
+    PGD reaches, but more of the same class is distance too, and half of PGD's distance is the jump of w_c where the
+    class changes, which has no gradient: the same features unweighted (`ssp`) leave 17 to 40 %.
 
     Args:
         mode: `code` or `paper`: how the distance D is taken (`ClassActivationDistance`).

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from bench.errors import NotApplicable
+from bench.registry import MODELS
 from tasks.classification import cifar_nets
 from tasks.classification.model import LogitsClassifier
-from tasks.heads import final_linear, last_convolution, last_maps
+from tasks.heads import class_rows, feature_layer, final_linear, last_convolution, last_maps
 
 IMAGES = torch.rand(2, 3, 32, 32)
 
@@ -45,3 +46,47 @@ def test_networks_without_them():
     for find in (lambda: last_convolution(flat), lambda: last_maps(flat, IMAGES)):
         with pytest.raises(NotApplicable, match="3072 channels"):
             find()
+
+
+@pytest.mark.parametrize("name", ["mini_pspnet", "mini_deeplabv3"])
+def test_a_segmenter_ends_in_a_linear_map_of_every_pixel(name):
+    target = MODELS.create(name).load(torch.device("cpu"))
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    layer, last = last_maps(target, images), final_linear(target)
+    maps = target.features(images, layer)
+    with torch.no_grad():
+        logits = nn.functional.interpolate(last(maps), size=(96, 96), mode="bilinear")
+        assert torch.allclose(logits, target.logits(images), atol=1e-4)
+        # The class activation features of a pixel, summed over channels, are the score of its class, but for the bias.
+        rows = class_rows(last, maps, lambda: pytest.fail("not asked for"))
+        best = (last(maps) - last.bias[:, None, None]).gather(1, last(maps).argmax(1, keepdim=True))
+        assert torch.allclose((maps * rows).sum(1, keepdim=True), best, atol=1e-4)
+    convolution = dict(target.network.named_modules())[last_convolution(target)]
+    assert isinstance(convolution, nn.Conv2d) and convolution.out_channels == last.in_channels
+    assert convolution is not last
+    assert feature_layer(target, images) == "backbone"
+    assert target.features(images, "backbone.layer4").shape[0] == 2
+
+
+def test_rows_of_a_classifier():
+    target = LogitsClassifier(cifar_nets.mini_vgg(), 10)
+    layer = last_maps(target, IMAGES)
+    assert feature_layer(target, IMAGES) == layer
+    maps = target.features(IMAGES, layer)
+    rows = class_rows(final_linear(target), maps, lambda: target.logits(IMAGES))
+    with torch.no_grad():
+        best = (
+            target.logits(IMAGES).max(1).values - final_linear(target).bias[target.logits(IMAGES).argmax(1)]
+        )
+        assert torch.allclose((maps * rows).sum(1).mean((1, 2)), best, atol=1e-4)
+
+
+def test_a_detector_has_no_linear_map_from_maps_to_classes():
+    target = MODELS.create("mini_mask_rcnn").load(torch.device("cpu"))
+    with pytest.raises(NotApplicable, match=r"which a detector \(MaskRCNN\) does not have"):
+        final_linear(target)
+    assert feature_layer(target, torch.rand(1, 3, 96, 96)) == "backbone"
+    segmenter = MODELS.create("mini_pspnet").load(torch.device("cpu"))
+    segmenter.num_classes = 7
+    with pytest.raises(NotApplicable, match=r"ends in a 1x1 convolution with one output per class \(7\)"):
+        final_linear(segmenter)
