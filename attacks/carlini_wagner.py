@@ -6,16 +6,18 @@ a step size mean by C&W in the L-infinity norm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks.iterative import Steps
+from attacks.iterative import Iterative, Steps
 from attacks.minimal import Closest, MinimalNorm, Working, keep, lengths, look, per_image
-from bench.protocols import ImageRNG
+from bench.protocols import ImageRNG, Pixels
 from bench.registry import ATTACKS
 
 Positive = Annotated[float, Field(gt=0)]
@@ -29,8 +31,9 @@ CHECKS = 10
 
 
 def to_tanh(images: Tensor) -> Tensor:
-    """w with (tanh(w) + 1) / 2 = images, nearly (eq. 7 of the paper)."""
-    return torch.atanh((images * 2 - 1) * SHRINK)
+    """Numbers w with (tanh(w) + 1) / 2 = images, nearly (eq. 7 of the paper)."""
+    # In double precision: atanh of a float differs in its last bits by the place of a pixel in memory.
+    return torch.atanh(((images * 2 - 1) * SHRINK).double()).to(images.dtype)
 
 
 def from_tanh(w: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class Adam:
         return self[index.to(self.first.device)]
 
     def step(self, grad: Tensor, number: int | Tensor, lr: float) -> Tensor:
-        """The step for the `number`-th gradient (from 1; per image where a tensor (n, 1, 1, 1)); moments are updated."""
+        """The step for gradient `number` (from 1; (n, 1, 1, 1) where images differ); updates the moments."""
         self.first.mul_(0.9).add_(grad, alpha=0.1)
         self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
         return lr * (self.first / (1 - 0.9**number)) / ((self.second / (1 - 0.999**number)).sqrt() + 1e-8)
@@ -85,7 +88,7 @@ class _Descent(Working):
 
 @ATTACKS.register_module(name="cw_l2")
 class CWL2(MinimalNorm):
-    """Carlini and Wagner's L2 attack: minimise ||x' - x||^2 + c * max(z_y - max_{k != y} z_k, -kappa) (2017, section V).
+    """Carlini and Wagner's L2 attack: minimise ||x' - x||^2 + c * max(z_y - max_{k != y} z_k, -kappa) (section V).
 
     x' = (tanh(w) + 1) / 2, Adam on w, and a binary search for the smallest c that succeeds: times ten until it does,
     then by halves. The nearest adversarial image over all steps is returned. Targeted: max_{k != t} z_k - z_t.
@@ -172,3 +175,160 @@ class CWL2(MinimalNorm):
             work = keep(work, going)
             if not len(work):
                 break
+
+
+@dataclass(frozen=True)
+class _Shrinking(Working):
+    """Images in `cw_linf`, each with its own tau, c and place in its descent.
+
+    Attributes:
+        origin: what clean images come back as from tanh space. w: where the descent began. delta: what was added since.
+        tau: part of |x' - x| that costs nothing. c: weight of the margin.
+        step: steps at this c. number: steps since the optimiser was new. adam: the optimiser.
+    """
+
+    origin: Tensor
+    w: Tensor
+    delta: Tensor
+    tau: Tensor
+    c: Tensor
+    step: Tensor
+    number: Tensor
+    adam: Adam
+
+
+@ATTACKS.register_module(name="cw_linf")
+class CWLinf(MinimalNorm):
+    """Carlini and Wagner's L-infinity attack (2017, section VI-C; algorithm of the authors' code).
+
+    Minimises sum_i max(|x'_i - x_i| - tau, 0) + c * max(z_y - max_{k != y} z_k, -kappa) by Adam in tanh space. Once the
+    victim is fooled with no pixel beyond tau, tau becomes 0.9 times the largest change and the descent starts again
+    from there; until then c doubles after every `steps` steps. An image is done when tau is at its end or c too large.
+    The nearest adversarial image on the way is returned. Images proceed at their own pace.
+
+    Args:
+        steps: steps at one value of c.
+        lr: learning rate of Adam.
+        initial_c: first value of c.
+        largest_c: an image whose c reaches this is done.
+        shrink: what tau is multiplied by after a success.
+        smallest_tau: an image whose tau falls to this is done.
+        kappa: confidence, the margin by which the victim has to be wrong.
+        target: rule for a wrong target to reach; None = untargeted.
+    """
+
+    def __init__(
+        self,
+        steps: Steps = 1000,
+        lr: Positive = 5e-3,
+        initial_c: Positive = 1e-5,
+        largest_c: Positive = 20.0,
+        shrink: Annotated[float, Field(gt=0, lt=1)] = 0.9,
+        smallest_tau: Pixels = Fraction(1, 256),
+        kappa: Confidence = 0.0,
+        target: str | None = None,
+    ) -> None:
+        if largest_c <= initial_c:
+            raise ValueError(f"largest_c: {largest_c} must be larger than initial_c = {initial_c}")
+        self.steps, self.lr, self.kappa = steps, lr, kappa
+        self.initial_c, self.largest_c = initial_c, largest_c
+        self.shrink, self.smallest_tau = shrink, float(smallest_tau)
+        self.target = target
+
+    def passes(self) -> int:
+        """At most: every c in full, then as many descents as tau can shrink."""
+        doublings = math.ceil(math.log2(self.largest_c / self.initial_c))
+        taus = math.ceil(math.log(self.smallest_tau) / math.log(self.shrink))
+        return self.steps * (doublings + taus)
+
+    def search(self, start: Working, rng: ImageRNG) -> Tensor:
+        best = Closest(start.clean)
+        w = to_tanh(start.clean)
+        ones, count = torch.ones_like(w[:, 0, 0, 0]), torch.zeros_like(start.labels)
+        work = _Shrinking(
+            start.oracle, start.index, start.clean, start.labels, from_tanh(w), w, torch.zeros_like(w),
+            ones, ones * self.initial_c, count, count.clone(), Adam.like(w),
+        )  # fmt: skip
+        for step in range(self.passes()):
+            images = from_tanh(work.w + work.delta)
+            seen = look(work.oracle, images, work.labels, self.target is not None)
+            success = seen.margin > self.kappa
+            if step == 0 and bool(success.any()):
+                best.offer(work.index, work.clean, torch.zeros_like(work.c), success)
+            change = (images - work.clean).flatten(1).abs().amax(1)
+            best.offer(work.index, images, change, success)
+            gap = images - work.origin
+            excess = (gap.abs() - per_image(work.tau)).clamp(min=0)
+            short = (self.kappa - seen.margin).clamp(min=0)
+            solved = success & (excess.flatten(1).double().sum(1) <= 1e-4 * work.c)
+            # The authors take the step even when solved; it is undone there by the new start.
+            push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
+            slope = torch.where(excess > 0, gap.sign(), torch.zeros_like(gap)) - per_image(push) * seen.grad
+            number = work.number + 1
+            work.delta.sub_(work.adam.step(slope * (2 * images * (1 - images)), per_image(number), self.lr))
+            work = replace(work, number=number, step=work.step + 1)
+            work = self._next(work, images, change, solved)
+            work = keep(
+                work,
+                (best.distance[work.index] > 0) & (work.c < self.largest_c) & (work.tau > self.smallest_tau),
+            )
+            if not len(work):
+                break
+        return best.images
+
+    def _next(self, work: _Shrinking, images: Tensor, change: Tensor, solved: Tensor) -> _Shrinking:
+        """Smaller tau and a new descent where `solved`; larger c where the steps are used up."""
+        spent = ~solved & (work.step >= self.steps)
+        c = torch.where(spent, work.c * 2, work.c)
+        if not bool(solved.any()):
+            return replace(work, c=c, step=work.step.masked_fill(spent, 0))
+        here = per_image(solved)
+        return replace(
+            work,
+            c=c,
+            step=work.step.masked_fill(spent | solved, 0),
+            number=work.number.masked_fill(solved, 0),
+            tau=torch.where(solved, torch.minimum(work.tau, change) * self.shrink, work.tau),
+            w=torch.where(here, to_tanh(images), work.w),
+            delta=work.delta.masked_fill(here, 0),
+            adam=Adam(work.adam.first.masked_fill(here, 0), work.adam.second.masked_fill(here, 0)),
+        )
+
+
+@ATTACKS.register_module(name="cw_pgd")
+class CWPGD(Iterative):
+    """Projected sign steps on the loss of Carlini and Wagner, C&W for papers that give eps and a step size.
+
+    x_{t+1} = P(x_t + alpha * sign grad min(max_{k != y} z_k - z_y, kappa)), the adversary "CW" of Madry et al. 2018,
+    whose code has kappa 50. With kappa 0, the hinge of the L2 attack, an image stops as soon as it is misclassified.
+
+    Args:
+        eps: radius in [0,1] pixel units.
+        alpha: step size; None = eps / steps.
+        steps: number of steps.
+        kappa: margin at which an image stops; None = never.
+        start: `none`, or `uniform` in the ball.
+        target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
+    """
+
+    def __init__(
+        self,
+        eps: Pixels = Fraction(8, 255),
+        alpha: Pixels | None = Fraction(2, 255),
+        steps: Steps = 20,
+        kappa: float | None = 50.0,
+        start: Literal["none", "uniform"] = "none",
+        target: str | None = None,
+        stop_when_fooled: bool = False,
+    ) -> None:
+        super().__init__(
+            loss="margin",
+            kappa=kappa,
+            eps=eps,
+            alpha=alpha,
+            steps=steps,
+            start=start,
+            target=target,
+            stop_when_fooled=stop_when_fooled,
+        )

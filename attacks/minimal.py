@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,23 +20,15 @@ from attacks.objectives import _labels, _runner_up
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Values (B,) to be increased, from logits (B, K) and labels (B,)."""
-
-
-def margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """How far beyond the decision boundary, (B,): positive exactly when the attack has succeeded.
-
-    max_{k != y} z_k - z_y of the true label y, or z_t - max_{k != t} z_k of a target t.
-    """
-    gap = _runner_up(logits, labels) - logits.gather(1, labels[:, None])[:, 0]
-    return -gap if targeted else gap
+Score = Callable[[Tensor], Tensor]
+"""Values (B,) to be increased, from logits (B, K)."""
 
 
 def lengths(delta: Tensor) -> Tensor:
     """L2 norm of each perturbation, (B,), summed in double precision."""
     flat = delta.flatten(1).double()
-    return flat.mul(flat).sum(1).sqrt().to(delta.dtype)
+    total: Tensor = flat.mul(flat).sum(1).sqrt()
+    return total.to(delta.dtype)
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -49,26 +41,32 @@ class Look:
     """The victim at some images.
 
     Attributes:
-        margin: (B,), see `margin`; its mean over EOT draws.
+        margin: (B,), how far beyond the decision boundary, as a mean over EOT draws: positive exactly when the attack
+            has succeeded. max_{k != y} z_k - z_y of a true label y, z_t - max_{k != t} z_k of a target t.
+        logits: (B, K), as a mean over EOT draws.
         grad: gradient of the score, (B, 3, H, W), finite.
     """
 
     margin: Tensor
+    logits: Tensor
     grad: Tensor
 
 
 class _Scored:
-    """An objective that also keeps the margins it saw, so that one forward pass serves both."""
+    """An objective that also keeps the logits it saw, so that one forward pass serves both."""
 
     def __init__(self, labels: Tensor, targeted: bool, score: Score | None) -> None:
         self.labels, self.targeted, self.score = labels, targeted, score
         self.margins: list[Tensor] = []
+        self.logits: list[Tensor] = []
 
     def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
         logits = oracle.logits(images)
-        reached = margin(logits, self.labels, self.targeted)
+        beyond = _runner_up(logits, self.labels) - logits.gather(1, self.labels[:, None])[:, 0]
+        reached = -beyond if self.targeted else beyond
         self.margins.append(reached.detach())
-        return reached if self.score is None else self.score(logits, self.labels)
+        self.logits.append(logits.detach())
+        return reached if self.score is None else self.score(logits)
 
 
 def look(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool, score: Score | None = None) -> Look:
@@ -83,7 +81,16 @@ def look(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool, score: 
     """
     scored = _Scored(labels, targeted, score)
     grad = oracle.gradient(images, scored).grad
-    return Look(torch.stack(scored.margins).mean(0), torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
+    return Look(_mean(scored.margins), _mean(scored.logits), finite(grad))
+
+
+def finite(grad: Tensor) -> Tensor:
+    """NaN and infinite entries as zero; the oracle has recorded them."""
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _mean(draws: Sequence[Tensor]) -> Tensor:
+    return draws[0] if len(draws) == 1 else torch.stack(list(draws)).mean(0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def keep(working: W, mask: Tensor) -> W:
     if bool(mask.all()):
         return working
     kept = mask.nonzero()[:, 0]
-    narrowed = {}
+    narrowed: dict[str, Any] = {}
     for field in fields(working):
         value = getattr(working, field.name)
         narrowed[field.name] = value[kept] if isinstance(value, Tensor) else value.select(kept.cpu())
@@ -146,7 +153,7 @@ class MinimalNorm(Attack):
 
     needs = frozenset({"gradient", "logits"})
     tasks = frozenset({"classification"})
-    norm = None
+    norm: Literal["linf", "l2"] | None = None
 
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1]; the clean image where none was found.

@@ -47,3 +47,27 @@ def test_cw_l2_repeats_the_best_c_last(setting):
     attack = attacks.L2CarliniWagnerAttack(binary_search_steps=10, steps=15, stepsize=0.1, abort_early=False)
     params = {"binary_search_steps": 10, "steps": 15, "lr": 0.1, "abort_early": False}
     same(setting, setting.run("cw_l2", params), theirs(setting, attack), atol=1e-5)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("steps", [1, 20, 60])
+def test_ddn(setting, steps, targeted):
+    attack = attacks.DDNAttack(steps=steps, init_epsilon=0.7, gamma=0.08)
+    ours = setting.run("ddn", {"steps": steps, "initial_norm": 0.7, "gamma": 0.08, "levels": None}, targeted)
+    other = theirs(setting, attack, targeted)
+    if steps == 1:
+        assert torch.equal(ours, setting.images)
+    torch.testing.assert_close(ours, other, rtol=0, atol=1e-6)
+    if steps == 60:
+        same(setting, ours, other, targeted)
+
+
+@pytest.mark.parametrize("candidates", [2, 4, 10])
+@pytest.mark.parametrize("overshoot", [0.02, 0.5])
+@pytest.mark.parametrize(
+    ("name", "cls"), [("deepfool", "L2DeepFoolAttack"), ("deepfool_linf", "LinfDeepFoolAttack")]
+)
+def test_deepfool(setting, name, cls, overshoot, candidates):
+    attack = getattr(attacks, cls)(steps=30, candidates=candidates, overshoot=overshoot)
+    ours = setting.run(name, {"steps": 30, "candidates": candidates, "overshoot": overshoot})
+    same(setting, ours, theirs(setting, attack))
