@@ -84,6 +84,9 @@ class _Zoo(ModelSource):
 class RobustBench(_Zoo):
     """A model of the RobustBench zoo (Croce et al. 2021), e.g. `robustbench:Carmon2019Unlabeled`.
 
+    Adversarially trained baselines of the papers' tables: AT is `Engstrom2019Robustness`, TRADES is
+    `Zhang2019Theoretically`. Free has no checkpoint here: `Wong2020Fast` is the nearest.
+
     Args:
         id: name on the leaderboard.
         dataset: what it was trained on.
