@@ -22,6 +22,8 @@ import typer.core
 from bench.errors import GridError, unknown
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from bench.tables import Table
 
 __all__ = [
@@ -32,6 +34,9 @@ __all__ = [
     "PrintedPanel",
     "PrintedTable",
     "Value",
+    "agreement",
+    "compare",
+    "comparison_markdown",
     "frame_metric",
     "layout",
     "paper_app",
@@ -489,6 +494,265 @@ def _plain_tables(table: PrintedTable) -> list[Table]:
             )
         )
     return found
+
+
+# -- our numbers beside the paper's ---------------------------------------------------------------------------------
+_MAIN = {
+    "role": ("target_model",),
+    "model": ("target_model",),
+    "dataset": ("dataset",),
+    "defense": ("defense_label", "defense"),
+    "attack": ("attack_label", "attack"),
+    "level": ("threat",),
+    "level_label": ("threat",),
+    "metric": ("metric",),
+}
+"""Columns of the frame -> fields of a value that one of their labels may name."""
+
+
+def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
+    """Measured and printed numbers, cell for cell.
+
+    A line of the frame meets the printed value that has its threat level and metric and whatever `mapping` says of its
+    labels. Lines whose label a mapped column does not list are left out, and so are printed values without a line.
+
+    Args:
+        frame: lines of `bench.frame.cell_frame`.
+        mapping: the key `paper` of a grid's table. `table`: PAPER/TABLE. `where`: field of a printed value -> what all
+            have (a value or a list). `role`, `dataset`, `model`, `defense`, `attack`, `level`, `level_label` and
+            `metric`: our label -> the paper's label or id, or several fields: {dataset: CIFAR-10, eps: 8}.
+
+    Returns:
+        One line a cell, in printed order: part, row, column (as printed), role, defense, attack, level, metric, seed,
+        image_format, measured, low, high, n, status, paper, difference, undefended, profile. Numbers are in points
+        where the metric is in percent; `difference` is measured minus paper; `undefended` marks rows without a defense.
+
+    Raises:
+        GridError: an unknown table, key, field or label, or a line that meets several values.
+    """
+    import pandas as pd
+
+    id, fixed, columns = _mapping(mapping)
+    spec = layout(id)
+    printed = [v for v in values(spec.paper) if f"{v.paper}/{v.table}" == id]
+    known = {column: {str(label) for label in frame[column].unique()} for column in columns}
+    for column, labels in columns.items():
+        for label, wanted in labels.items():
+            if label not in known[column]:
+                raise GridError(f"paper: {column}: {unknown('label', label, known[column])}")
+            _check_known(printed, wanted, f"paper: {column}: {label}")
+    _check_known(printed, fixed, "paper: where")
+    printed = [value for value in printed if _meets(value, fixed)]
+    order = {value: index for index, value in enumerate(printed)}
+    found: list[tuple[int, dict[str, Any]]] = []
+    for line in frame.to_dict("records"):
+        if any(str(line[column]) not in labels for column, labels in columns.items()):
+            continue
+        selectors = [labels[str(line[column])] for column, labels in columns.items()]
+        met = [
+            value
+            for value in printed
+            if all(_meets(value, selector) for selector in selectors)
+            and ("level" in columns or "level_label" in columns or value.level == line["level"])
+            and ("metric" in columns or frame_metric(value) == line["metric"])
+        ]
+        if len(met) > 1:
+            place = ", ".join(
+                f"{name} {line[name]}" for name in ("role", "defense", "attack", "level", "metric")
+            )
+            shown = " and ".join(_place(spec, value) for value in met[:2])
+            raise GridError(
+                f"paper: {place} meets {len(met)} values of {id}: {shown}; tell them apart in where"
+            )
+        if met:
+            found.append((order[met[0]], _compared(spec, met[0], line)))
+    rows = [row for _, row in sorted(found, key=lambda item: item[0])]
+    return pd.DataFrame(rows, columns=_COMPARED)
+
+
+_COMPARED = [
+    "part", "row", "column", "role", "defense", "attack", "level", "metric", "seed", "image_format", "measured", "low",
+    "high", "n", "status", "paper", "difference", "undefended", "profile",
+]  # fmt: skip
+_Meeting = Mapping[tuple[str, ...], Sequence[str]]
+
+
+def _mapping(mapping: Mapping[str, Any]) -> tuple[str, _Meeting, dict[str, dict[str, _Meeting]]]:
+    """Table, what all values have, and for each mapped column what a label means."""
+    for key in mapping:
+        if key not in ("table", "where", *_MAIN):
+            raise GridError(f"paper: {unknown('key', str(key), ['table', 'where', *_MAIN])}")
+    if "table" not in mapping:
+        raise GridError("paper: this key is required: table, such as cafd/table1")
+    columns = {
+        column: {str(label): _meeting(column, wanted) for label, wanted in mapping[column].items()}
+        for column in _MAIN
+        if column in mapping
+    }
+    return str(mapping["table"]), _meeting("where", mapping.get("where", {})), columns
+
+
+def _meeting(column: str, wanted: Any) -> _Meeting:
+    """Fields, any of which must have one of the values."""
+
+    def listed(value: Any) -> list[str]:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+    if not isinstance(wanted, Mapping):
+        if column == "where":
+            raise GridError("paper: where: expected fields of a printed value, such as {dataset: CIFAR-10}")
+        return {_MAIN[column]: listed(wanted)}
+    for name in wanted:
+        if name not in _FIELDS:
+            raise GridError(f"paper: {column}: {unknown('field', str(name), _FIELDS)}")
+    return {(str(name),): listed(value) for name, value in wanted.items()}
+
+
+_FIELDS = (
+    "task", "dataset", "target_model", "source_model", "threat", "defense", "defense_label", "attack", "attack_label",
+    "eps", "metric",
+)  # fmt: skip
+
+
+def _meets(value: Value, wanted: _Meeting) -> bool:
+    return all(any(getattr(value, name) in options for name in names) for names, options in wanted.items())
+
+
+def _check_known(printed: Sequence[Value], wanted: _Meeting, where: str) -> None:
+    for names, options in wanted.items():
+        for option in options:
+            if not any(getattr(value, name) == option for value in printed for name in names):
+                there = {getattr(value, names[0]) for value in printed}
+                raise GridError(f"{where}: {unknown(names[0].replace('_', ' '), option, there)}")
+
+
+def _place(spec: Layout, value: Value) -> str:
+    labels = [*spec.label(value, spec.rows), *spec.label(value, spec.columns)]
+    part = [part.title for part in spec.panels if part.title and _matches(value, part.where)]
+    return " / ".join([*part, *(label for label in labels if label)])
+
+
+def _compared(spec: Layout, value: Value, line: Mapping[Any, Any]) -> dict[str, Any]:
+    scale = 100.0 if line["unit"] == "%" else 1.0
+    finished = line["status"] in ("ok", "partial")
+    measured = float(line["value"]) * scale if finished else math.nan
+    return {
+        "part": next((part.title for part in spec.panels if _matches(value, part.where)), ""),
+        "row": " / ".join(filter(None, spec.label(value, spec.rows))),
+        "column": " / ".join(filter(None, spec.label(value, spec.columns))),
+        **{name: str(line[name]) for name in ("role", "defense", "attack", "level", "metric", "image_format")},
+        "seed": int(line["seed"]), "measured": measured, "low": float(line["low"]) * scale,
+        "high": float(line["high"]) * scale, "n": int(line["n"]), "status": str(line["status"]),
+        "paper": value.number, "difference": measured - value.number, "undefended": value.defense == "none",
+        "profile": str(line.get("profile", "")),
+    }  # fmt: skip
+
+
+def agreement(compared: pd.DataFrame) -> pd.DataFrame:
+    """Whether the numbers of `compare` are in the paper's order, column by column.
+
+    On data and models other than the paper's, absolute numbers mean nothing; which defense is ahead of which, and
+    whether a defense is ahead of none, can still be compared.
+
+    Returns:
+        One line a printed column (and role, seed and image format): part, column, role, seed, image_format, rows (with
+        both numbers), pairs (of rows that differ in the paper), same_order (of them, those we have in the same order),
+        tau (Kendall's tau-b, NaN below two rows or without any order), signs (defended rows that differ from the
+        undefended one in the paper) and same_sign (of them, those we have on the same side); both are 0 where the
+        paper prints no undefended row in that column.
+    """
+    import pandas as pd
+    from scipy.stats import kendalltau
+
+    keys = ["part", "column", "role", "seed", "image_format"]
+    both = compared[compared["measured"].notna() & compared["paper"].notna()]
+    rows = []
+    for key, group in both.groupby(keys, sort=False):
+        ours, theirs = list(group["measured"]), list(group["paper"])
+        pairs = [
+            (_sign(ours[i] - ours[j]), _sign(theirs[i] - theirs[j]))
+            for i in range(len(ours))
+            for j in range(i)
+            if theirs[i] != theirs[j]
+        ]
+        base = group[group["undefended"]]
+        signs = [
+            (_sign(row["measured"] - base["measured"].iloc[0]), _sign(row["paper"] - base["paper"].iloc[0]))
+            for _, row in group[~group["undefended"]].iterrows()
+            if len(base) == 1 and row["paper"] != base["paper"].iloc[0]
+        ]
+        tau = float(kendalltau(ours, theirs).statistic) if len(ours) > 1 else math.nan
+        rows.append(
+            {
+                **dict(zip(keys, key, strict=True)), "rows": len(ours), "pairs": len(pairs),
+                "same_order": sum(a == b for a, b in pairs), "tau": tau, "signs": len(signs),
+                "same_sign": sum(a == b for a, b in signs),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=[*keys, "rows", "pairs", "same_order", "tau", "signs", "same_sign"])
+
+
+def _sign(value: float) -> int:
+    return int(value > 0) - int(value < 0)
+
+
+def comparison_markdown(compared: pd.DataFrame, absolute: bool | None = None) -> str:
+    """What `compare` found: measured, paper's and difference per cell, or only order and sign where no more means much.
+
+    Args:
+        compared: of `compare`.
+        absolute: numbers may be subtracted; None = where every line comes from the profile `paper`.
+    """
+    from tabulate import tabulate
+
+    if absolute is None:
+        absolute = bool(len(compared)) and set(compared["profile"]) == {"paper"}
+
+    def shown(rows: list[list[str]], heads: list[str], texts: int) -> str:
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        align = ["left"] * texts + ["right"] * (len(heads) - texts)
+        return tabulate(escaped, headers=heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+    def number(value: float, form: str = ".2f") -> str:
+        return "–" if math.isnan(value) else f"{value:{form}}"
+
+    heads = ["part", "row", "column", "our defense", "our attack", "level", "measured", "95 %", "n", "paper"]
+    rows = []
+    for line in compared.to_dict("records"):
+        finished = not math.isnan(line["measured"])
+        interval = f"[{line['low']:.2f}, {line['high']:.2f}]" if finished else str(line["status"])
+        row = [line["part"], line["row"], line["column"], line["defense"], line["attack"], line["level"]]
+        row += [number(line["measured"]), interval, str(line["n"]), number(line["paper"])]
+        rows.append([*row, number(line["difference"], "+.2f")] if absolute else row)
+    if absolute:
+        return shown(rows, [*heads, "difference"], 6) + "\n"
+    found = agreement(compared)
+    orders = [
+        [
+            line["part"], line["column"], line["role"], str(line["rows"]),
+            f"{line['same_order']} of {line['pairs']}", number(line["tau"]),
+            f"{line['same_sign']} of {line['signs']}" if line["signs"] else "–",
+        ]
+        for line in found.to_dict("records")
+    ]  # fmt: skip
+    profiles = ", ".join(sorted(set(compared["profile"]))) or "none"
+    sums = {name: int(found[name].sum()) for name in ("same_order", "pairs", "same_sign", "signs")}
+    said = (
+        f"Other data and models than the paper's (profile {profiles}): absolute numbers mean nothing here, so order "
+        f"and sign are compared. Over all columns {sums['same_order']} of {sums['pairs']} pairs of rows stand in the "
+        f"paper's order, and {sums['same_sign']} of {sums['signs']} defended rows lie on the paper's side of the "
+        "undefended one."
+    )
+    heads_order = [
+        "part",
+        "column",
+        "role",
+        "rows",
+        "pairs in order",
+        "Kendall's tau",
+        "same side of undefended",
+    ]
+    return "\n\n".join([said, shown(orders, heads_order, 3), shown(rows, heads, 6)]) + "\n"
 
 
 # -- command line ---------------------------------------------------------------------------------------------------

@@ -15,11 +15,24 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from bench.cli import main
 from bench.errors import GridError
-from bench.paper import LEVEL_OF, PAPERS, frame_metric, layout, printed_table, render, table_ids, values
+from bench.paper import (
+    LEVEL_OF,
+    PAPERS,
+    agreement,
+    compare,
+    comparison_markdown,
+    frame_metric,
+    layout,
+    printed_table,
+    render,
+    table_ids,
+    values,
+)
 
 HERE = Path(__file__).parent
 CELLS = {
@@ -240,3 +253,134 @@ def test_an_unknown_table_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixt
     line = capsys.readouterr().err
     assert line.startswith("bench: unknown table 'cafd/table4': did you mean 'cafd/table")
     assert len(line.splitlines()) == 1
+
+
+# -- our numbers beside the paper's ---------------------------------------------------------------------------------
+MAPPING = {
+    "table": "cafd/table2",
+    "where": {"dataset": "CIFAR-10"},
+    "role": {"resnet": "ResNet-50", "wrn": {"target_model": "Wide-ResNet"}},
+    "defense": {"bare": "None", "ours": "cafd"},
+    "attack": {"pgd": "PGD_N", "pgd to a class": "pgd_t", "ddn": ["DDN_N"]},
+}
+
+
+def measured(role: str, defense: str, attack: str, value: float, **changes: object) -> dict[str, object]:
+    return {
+        "role": role, "defense": defense, "attack": attack, "level": "oblivious", "level_label": "oblivious",
+        "metric": "error_rate", "unit": "%", "value": value, "low": value - 0.01, "high": value + 0.01, "n": 100,
+        "seed": 0, "image_format": "float", "status": "ok", "profile": "mini", "model": "m", "dataset": "d",
+    } | changes  # fmt: skip
+
+
+def lines() -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            measured("resnet", "bare", "pgd", 0.9),
+            measured("resnet", "ours", "pgd", 0.3),
+            measured("resnet", "ours", "pgd", 0.7, metric="accuracy"),
+            measured("resnet", "ours", "pgd", 0.95, level="white_box"),
+            measured("resnet", "ours", "pgd to a class", 0.2),
+            measured("resnet", "ours", "ddn", 0.4),
+            measured("resnet", "other", "pgd", 0.5),
+            measured("resnet", "bare", "ddn", math.nan, status="pending"),
+            measured("wrn", "ours", "pgd", 0.2),
+        ]
+    )
+
+
+def test_comparison_cell_by_cell() -> None:
+    found = compare(lines(), MAPPING)
+    cells = {(line["row"], line["column"]): line for line in found.to_dict("records")}
+    assert list(cells) == [
+        ("PGD_N", "ResNet-50 / None"), ("PGD_N", "ResNet-50 / CAFD"), ("PGD_N", "Wide-ResNet / CAFD"),
+        ("PGD_T", "ResNet-50 / CAFD"), ("DDN_N", "ResNet-50 / None"), ("DDN_N", "ResNet-50 / CAFD"),
+    ]  # fmt: skip
+    line = cells["PGD_N", "ResNet-50 / CAFD"]
+    assert (line["part"], line["paper"], line["measured"]) == ("CIFAR-10", 18.86, 30.0)
+    assert line["difference"] == pytest.approx(11.14)
+    assert (line["low"], line["high"], line["undefended"]) == (pytest.approx(29), pytest.approx(31), False)
+    assert cells["PGD_N", "ResNet-50 / None"]["undefended"]
+    assert math.isnan(cells["DDN_N", "ResNet-50 / None"]["difference"])
+
+
+def test_order_and_sign() -> None:
+    frame = pd.DataFrame(
+        [
+            measured("wide", defense, attack, value, metric="accuracy", level=level)
+            for attack, level, values in (
+                ("clean", "clean", (0.9, 0.8, 0.85)),
+                ("pgd", "oblivious", (0.1, 0.5, 0.4)),
+            )
+            for defense, value in zip(("none", "full", "traditional"), values, strict=True)
+        ]
+    )
+    mapping = {
+        "table": "alignment/table1",
+        "where": {"dataset": "CIFAR-10"},
+        "defense": {"none": "none", "full": "Full", "traditional": "LT"},
+        "attack": {"clean": "clean", "pgd": "PGD"},
+    }
+    found = agreement(compare(frame, mapping)).set_index("column")
+    clean, pgd = found.loc["CIFAR10 (Accuracy %) / clean"], found.loc["CIFAR10 (Accuracy %) / PGD"]
+    # Paper: 95.1 > 92.9 (LT) > 90.7 (Full) clean, 0.0 < 29.5 (LT) < 85.1 (Full) attacked; ours agree in every pair.
+    assert (clean["same_order"], clean["pairs"], clean["tau"]) == (3, 3, pytest.approx(1))
+    assert (pgd["same_sign"], pgd["signs"]) == (2, 2)
+    frame.loc[frame["defense"] == "full", "value"] = 0.95
+    found = agreement(compare(frame, mapping)).set_index("column")
+    clean = found.loc["CIFAR10 (Accuracy %) / clean"]
+    assert (clean["same_order"], clean["tau"]) == (1, pytest.approx(-1 / 3))
+    assert (clean["same_sign"], clean["signs"]) == (1, 2)
+
+
+def test_columns_without_an_undefended_row_have_no_sign() -> None:
+    frame = pd.DataFrame([measured("r", "cafd", "pgd", 0.2), measured("r", "jpeg", "pgd", 0.9)])
+    mapping = {
+        "table": "cafd/table1",
+        "where": {"dataset": "SVHN"},
+        "defense": {"cafd": "CAFD", "jpeg": "JPEG"},
+        "attack": {"pgd": "PGD_N"},
+    }
+    (line,) = agreement(compare(frame, mapping)).to_dict("records")
+    assert (line["rows"], line["same_order"], line["pairs"], line["signs"]) == (2, 1, 1, 0)
+
+
+def test_comparison_as_text() -> None:
+    found = compare(lines(), MAPPING)
+    mini = comparison_markdown(found)
+    assert "absolute numbers mean nothing here" in mini
+    assert "(profile mini)" in mini
+    assert "difference" not in mini
+    paper = re.sub(" +", " ", comparison_markdown(found.assign(profile="paper")))
+    assert "absolute numbers" not in paper
+    assert "| 30.00 | [29.00, 31.00] | 100 | 18.86 | +11.14 |" in paper
+    assert "| – | pending | 100 | 99.99 | – |" in paper
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": "cafd/tabel2"}, "unknown table 'cafd/tabel2': did you mean 'cafd/table2'"),
+        ({"tables": "x"}, "paper: unknown key 'tables': did you mean 'table'"),
+        ({"where": {"datset": "SVHN"}}, "paper: where: unknown field 'datset': did you mean 'dataset'"),
+        (
+            {"where": {"dataset": "CIFAR-100"}},
+            "paper: where: unknown dataset 'CIFAR-100': available: CIFAR-10, SVHN",
+        ),
+        ({"where": "SVHN"}, "paper: where: expected fields of a printed value"),
+        (
+            {"where": {}},
+            "paper: role resnet, defense bare, attack pgd, level oblivious, metric error_rate meets 2 values",
+        ),
+        ({"defense": {"our": "cafd"}}, "paper: defense: unknown label 'our': did you mean 'ours'"),
+        ({"defense": {"ours": "CAFDD"}}, "paper: defense: ours: unknown defense label 'CAFDD'"),
+    ],
+)
+def test_bad_mappings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(GridError, match=re.escape(message)):
+        compare(lines(), MAPPING | changes)
+
+
+def test_a_mapping_needs_a_table() -> None:
+    with pytest.raises(GridError, match="paper: this key is required: table"):
+        compare(lines(), {"where": {}})
