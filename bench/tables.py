@@ -48,7 +48,7 @@ __all__ = [
 
 Orders = Mapping[str, Sequence[str]]
 
-LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box")
+LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box", "adaptive")
 """Threat levels in the order tables show them: what the attacker knows grows to the right."""
 
 WORST_CASE = "worst case"

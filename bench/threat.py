@@ -7,6 +7,7 @@
 | `gray_box`  | the target                                                | the attacker's surrogate |
 | `bpda`      | the target; backward through the defense's stand-in       | the deployed one         |
 | `white_box` | the target; true gradient through the defense             | the deployed one         |
+| `adaptive`  | not crafted: per image the worst over all levels above     | as each of them          |
 
 Where the defense draws random numbers the gradient is the mean over `eot` draws (expectation over transformation,
 Athalye et al. 2018). Evaluation always goes through the full defended pipeline, whatever the level.
@@ -26,7 +27,7 @@ from bench.errors import NotApplicable
 from bench.protocols import Attack, Defense, Geometry, Gradient, ImageRNG, Objective, TargetModel, Warped
 
 Mode = Literal["none", "bpda", "exact"]
-LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box")
+LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box", "adaptive")
 
 
 @dataclass
