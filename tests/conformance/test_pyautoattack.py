@@ -121,6 +121,20 @@ def test_apgd_on_targets_breaks_as_many(mini):
     assert mini.standing(ours) <= mini.standing(theirs.perturb(mini.images, mini.labels)) + 0.01 * COUNT
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 16 / 255), ("l2", 1.5)])
+def test_square_breaks_as_many(mini, norm, eps):
+    from pyautoattack.square import SquareAttack
+
+    ours = mini.run("square", norm=norm, eps=eps, queries=80, p=0.3)
+    kind = "L2" if norm == "l2" else "Linf"
+    theirs = SquareAttack(
+        mini.model.logits, norm=kind, eps=eps, n_queries=80, p_init=0.3, device="cpu", seed=1
+    )
+    left = mini.standing(theirs.perturb(mini.images, mini.labels))
+    # Both are random searches: their draws differ, so their luck does.
+    assert mini.standing(ours) <= left + 0.06 * COUNT and left < 0.9 * COUNT
+
+
 def test_autoattack_is_the_library(mini):
     """One image at a time under its own seed gives the library's success; what still stands comes back clean."""
     from pyautoattack import AutoAttack
