@@ -524,8 +524,10 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
 
     Returns:
         One line a cell, in printed order: part, row, column (as printed), role, defense, attack, level, metric, seed,
-        image_format, measured, low, high, n, status, paper, difference, undefended, profile. Numbers are in points
-        where the metric is in percent; `difference` is measured minus paper; `undefended` marks rows without a defense.
+        image_format, measured, low, high, n, status, paper, difference, undefended, gain, paper_gain, profile. Numbers
+        are in points where the metric is in percent; `difference` is measured minus paper; `undefended` marks cells
+        without a defense, and the gains are what lies between a cell and the undefended one under the same attack on
+        the same model (defended minus undefended), NaN where the table has none.
 
     Raises:
         GridError: an unknown table, key, field or label, or a line that meets several values.
@@ -544,7 +546,7 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
     _check_known(printed, fixed, "paper: where")
     printed = [value for value in printed if _meets(value, fixed)]
     order = {value: index for index, value in enumerate(printed)}
-    found: list[tuple[int, dict[str, Any]]] = []
+    found: list[tuple[Value, dict[str, Any]]] = []
     for line in frame.to_dict("records"):
         if any(str(line[column]) not in labels for column, labels in columns.items()):
             continue
@@ -565,14 +567,19 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
                 f"paper: {place} meets {len(met)} values of {id}: {shown}; tell them apart in where"
             )
         if met:
-            found.append((order[met[0]], _compared(spec, met[0], line)))
-    rows = [row for _, row in sorted(found, key=lambda item: item[0])]
-    return pd.DataFrame(rows, columns=_COMPARED)
+            found.append((met[0], _compared(spec, met[0], line)))
+    found.sort(key=lambda item: order[item[0]])
+    bare = {_setting(value, row): row for value, row in found if row["undefended"]}
+    for value, row in found:
+        base = bare.get(_setting(value, row))
+        for name, number in (("gain", "measured"), ("paper_gain", "paper")):
+            row[name] = math.nan if base is None or base is row else row[number] - base[number]
+    return pd.DataFrame([row for _, row in found], columns=_COMPARED)
 
 
 _COMPARED = [
     "part", "row", "column", "role", "defense", "attack", "level", "metric", "seed", "image_format", "measured", "low",
-    "high", "n", "status", "paper", "difference", "undefended", "profile",
+    "high", "n", "status", "paper", "difference", "undefended", "gain", "paper_gain", "profile",
 ]  # fmt: skip
 _Meeting = Mapping[tuple[str, ...], Sequence[str]]
 
@@ -632,6 +639,12 @@ def _place(spec: Layout, value: Value) -> str:
     return " / ".join([*part, *(label for label in labels if label)])
 
 
+def _setting(value: Value, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a defended cell and its undefended one share."""
+    ours = (row["role"], row["seed"], row["image_format"])
+    return (value.dataset, value.target_model, value.attack, value.eps, value.metric, *ours)
+
+
 def _compared(spec: Layout, value: Value, line: Mapping[Any, Any]) -> dict[str, Any]:
     scale = 100.0 if line["unit"] == "%" else 1.0
     finished = line["status"] in ("ok", "partial")
@@ -657,9 +670,9 @@ def agreement(compared: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One line a printed column (and role, seed and image format): part, column, role, seed, image_format, rows (with
         both numbers), pairs (of rows that differ in the paper), same_order (of them, those we have in the same order),
-        tau (Kendall's tau-b, NaN below two rows or without any order), signs (defended rows that differ from the
-        undefended one in the paper) and same_sign (of them, those we have on the same side); both are 0 where the
-        paper prints no undefended row in that column.
+        tau (Kendall's tau-b, NaN below two rows or without any order), signs (defended rows that differ from their
+        undefended cell in the paper) and same_sign (of them, those we have on the same side); both are 0 where the
+        paper prints no undefended cell.
     """
     import pandas as pd
     from scipy.stats import kendalltau
@@ -675,12 +688,8 @@ def agreement(compared: pd.DataFrame) -> pd.DataFrame:
             for j in range(i)
             if theirs[i] != theirs[j]
         ]
-        base = group[group["undefended"]]
-        signs = [
-            (_sign(row["measured"] - base["measured"].iloc[0]), _sign(row["paper"] - base["paper"].iloc[0]))
-            for _, row in group[~group["undefended"]].iterrows()
-            if len(base) == 1 and row["paper"] != base["paper"].iloc[0]
-        ]
+        gains = group[group["gain"].notna() & group["paper_gain"].notna() & (group["paper_gain"] != 0)]
+        signs = [(_sign(a), _sign(b)) for a, b in zip(gains["gain"], gains["paper_gain"], strict=True)]
         tau = float(kendalltau(ours, theirs).statistic) if len(ours) > 1 else math.nan
         rows.append(
             {
@@ -740,8 +749,8 @@ def comparison_markdown(compared: pd.DataFrame, absolute: bool | None = None) ->
     said = (
         f"Other data and models than the paper's (profile {profiles}): absolute numbers mean nothing here, so order "
         f"and sign are compared. Over all columns {sums['same_order']} of {sums['pairs']} pairs of rows stand in the "
-        f"paper's order, and {sums['same_sign']} of {sums['signs']} defended rows lie on the paper's side of the "
-        "undefended one."
+        f"paper's order, and {sums['same_sign']} of {sums['signs']} defended cells lie on the paper's side of "
+        "the undefended one."
     )
     heads_order = [
         "part",

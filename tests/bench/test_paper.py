@@ -301,6 +301,12 @@ def test_comparison_cell_by_cell() -> None:
     assert line["difference"] == pytest.approx(11.14)
     assert (line["low"], line["high"], line["undefended"]) == (pytest.approx(29), pytest.approx(31), False)
     assert cells["PGD_N", "ResNet-50 / None"]["undefended"]
+    assert math.isnan(cells["PGD_N", "ResNet-50 / None"]["gain"])
+    # Defenses run across here; a gain is still between the cells of one attack and one model.
+    assert (line["gain"], line["paper_gain"]) == (pytest.approx(30 - 90), pytest.approx(18.86 - 100))
+    assert math.isnan(cells["PGD_N", "Wide-ResNet / CAFD"]["gain"])
+    signs = agreement(found).set_index("column")
+    assert (signs.loc["ResNet-50 / CAFD", "same_sign"], signs.loc["ResNet-50 / CAFD", "signs"]) == (1, 1)
     assert math.isnan(cells["DDN_N", "ResNet-50 / None"]["difference"])
 
 
