@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.iterative import Radius, Steps
 from attacks.projections import make_projection
 from attacks.scores import as_labels
+from attacks.wrapped import OracleModel, contained
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -126,21 +126,15 @@ class AutoAttack(Attack):
     def _attack(self, oracle: Oracle, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         from pyautoattack import AutoAttack as Library
 
-        devices = [images.device] if images.device.type == "cuda" else []
-        # The library's check for dynamic defenses leaves sys.settrace(None) behind, which ends debuggers and coverage.
-        trace = sys.gettrace()
-        try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                library = Library(
-                    _Model(oracle), norm="L2" if self.norm == "l2" else "Linf", eps=float(self.eps or 0),
-                    seed=seed, version=self.version_name, device=images.device,
-                )  # fmt: skip
-                self._configure(library, oracle.num_classes)
-                out, _ = library.run_standard_evaluation(images.clone(), labels, batch_size=len(images))
-                if self.failed == "best":
-                    out = self._best(library, images, labels, out, seed)
-        finally:
-            sys.settrace(trace)
+        with contained(seed, images.device):
+            library = Library(
+                OracleModel(oracle, images.device), norm="L2" if self.norm == "l2" else "Linf",
+                eps=float(self.eps or 0), seed=seed, version=self.version_name, device=images.device,
+            )  # fmt: skip
+            self._configure(library, oracle.num_classes)
+            out, _ = library.run_standard_evaluation(images.clone(), labels, batch_size=len(images))
+            if self.failed == "best":
+                out = self._best(library, images, labels, out, seed)
         return out.detach().to(images.dtype)
 
     def _configure(self, library: Any, num_classes: int) -> None:
@@ -166,23 +160,3 @@ class AutoAttack(Attack):
         torch.manual_seed(seed)
         library.apgd.loss = "ce"
         return torch.where(same.view(-1, 1, 1, 1), library.apgd.perturb(images, labels, best_loss=True), out)
-
-
-class _Model(nn.Module):
-    """The oracle as the network the library expects.
-
-    The library passes on those images of a group that are still standing; how many there are is all it says, which is
-    everything for a group of one.
-    """
-
-    def __init__(self, oracle: Oracle) -> None:
-        super().__init__()
-        self._views = {len(oracle): oracle}
-        self._whole = oracle
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K), differentiable."""
-        count = len(images)
-        if count not in self._views:
-            self._views[count] = self._whole.select(range(count))
-        return self._views[count].logits(images)

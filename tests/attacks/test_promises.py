@@ -18,6 +18,8 @@ ATTACKS_AND_PARAMS = [
         "autoattack",
         {**AUTO, "eps": "2/255", "norm": "linf", "failed": "best", "attacks": ["apgd-ce", "square"]},
     ),
+    ("library", {"library": "foolbox", "attack": "LinfPGD", "eps": "2/255", "params": {"steps": 4}}),
+    ("library", {"library": "foolbox", "attack": "HopSkipJumpAttack", "params": {"steps": 1}}),
 ]
 IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in ATTACKS_AND_PARAMS]
 
