@@ -151,6 +151,11 @@ class Recipe:
 
 
 _PGD20 = {"name": "pgd", "params": {"eps": "8/255", "alpha": "2/255", "steps": 20}}
+# As CAFD evaluates with it; its training settings are not given.
+_CW = {
+    "name": "cw_l2",
+    "params": {"steps": 100, "binary_search_steps": 4, "initial_c": 1.0, "lr": 0.01, "kappa": 1.0},
+}
 _FGSM16 = {"name": "fgsm", "params": {"eps": "16/255"}}
 
 
@@ -214,6 +219,8 @@ RECIPES: dict[str, Recipe] = {
     "hgd_labels": _HGD.but(objective_args={"guide": "labels"}),
     # Primes: PGD-20 adversaries, in [0,1], as CAFD retrained them.
     "hgd_prime": _HGD.but(space="unit", attacks=(_PGD20,), epochs=70, batch=300),
+    # CAFD's baselines: the same two on non-targeted L2 C&W adversaries.
+    "hgd_cw": _HGD.but(space="unit", attacks=(_CW,), epochs=70, batch=300),
     "apegan": _APE,
     "apegan_paper": _APE.but(objective_args={"weights": "paper"}),
     "apegan_port": _APE.but(
@@ -221,6 +228,7 @@ RECIPES: dict[str, Recipe] = {
         objective_args={"weights": "paper"},
     ),
     "apegan_prime": _APE.but(attacks=(_PGD20,)),
+    "apegan_cw": _APE.but(attacks=(_CW,)),
     "nrp": _NRP,
     "nrp_resg": _NRP.but(network="nrp_resg"),
     "nrp_unet": _NRP.but(network="unet"),
