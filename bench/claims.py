@@ -86,8 +86,8 @@ class Claim:
             `where` is at least / at most so much. sign: `first` minus `second` is positive / negative.
         tables: of this paper that the claim is about; none for what only a figure shows.
         where: what all lines have: facet -> values, any of them. Facets: task, dataset, role, model, defense, attack,
-            level, metric, eps (units of 1/255), source (of transferred images), guide (own: the defense was made for
-            the model it stands before, or for none; other).
+            level, metric, eps (units of 1/255), source (of transferred images), guide (own: the defense was trained
+            for the role it stands in front of; other; none: nothing in it was trained for a role).
         first, second: what each side has besides.
         across: facets in which the two sides may differ besides those they select (role: another model).
         reference: what the paper's own values must have besides; a grid brings its own data and models.
@@ -280,8 +280,10 @@ def _stands_for(identity: Mapping[str, Any], role: str) -> str:
 
 def _guide(identity: Mapping[str, Any], role: str) -> str:
     members = identity.get("members", [identity])
-    trained_for = {member.get("trained", {}).get("role", role) for member in members}
-    return "own" if trained_for == {role} else "other"
+    roles = {member["trained"].get("role", role) for member in members if "trained" in member}
+    if not roles:
+        return "none"
+    return "own" if roles == {role} else "other"
 
 
 def reference_frame(papers: Iterable[str] = PAPERS) -> pd.DataFrame:
@@ -718,7 +720,8 @@ def claims_command(
         list[str] | None, typer.Option("--paper", help=f"{', '.join(PAPERS)}; default: all.")
     ] = None,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Also test the claims on the papers' own numbers.")
+        bool,
+        typer.Option("--reference", help="Test the claims on the papers' own numbers; with --grid, on both."),
     ] = False,
     profile: Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grids'.")] = None,
@@ -739,9 +742,12 @@ def claims_command(
     claims = load_claims(paper or PAPERS)
     if format not in _FORMATS:
         raise GridError(f"--format: {unknown('format', format, _FORMATS)}")
-    frame, pair = _results(grid, profile, seed, limit, plugin, store)
     own = evaluate(claims, reference_frame(paper or PAPERS), reference=True) if reference else None
-    text = render_claims(evaluate(claims, frame, pair), format, own)
+    if own is not None and not grid:
+        text = render_claims(own, format)
+    else:
+        frame, pair = _results(grid, profile, seed, limit, plugin, store)
+        text = render_claims(evaluate(claims, frame, pair), format, own)
     if output is None:
         sys.stdout.write(text)
         return

@@ -380,6 +380,7 @@ def test_who_guided_a_defense() -> None:
         across=["role"],
     )
     assert len(comparisons(across, pd.DataFrame([own, other, away]))) == 2
+    assert count([own, other, line("jpeg", 1)], guide=["none"]) == 1
 
 
 def test_levels_with_other_labels_still_pair() -> None:
@@ -481,6 +482,12 @@ def test_the_papers_own_numbers() -> None:
     assert (result.loc[result["verdict"] == "holds", "missing"] == "").all()
     gains = result.loc[["cafd.bpda_gain_ape", "cafd.bpda_gain_hgd"], "effect"]
     assert list(gains) == pytest.approx([49.87, 39.84], abs=0.005)
+
+
+def test_the_page_of_the_papers_own_numbers_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["claims", "--reference"])
+    page = (ROOT / "claims.md").read_text(encoding="utf-8")
+    assert page.endswith(capsys.readouterr().out)
 
 
 def test_a_contest_is_not_run_again() -> None:
