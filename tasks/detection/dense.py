@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from bench.errors import NotApplicable
 
@@ -130,9 +131,7 @@ def swap_margin(found: Candidates, boxes: Tensor, true: Tensor, wrong: Tensor, o
         true, wrong: (N,) their labels.
         overlap: intersection over union.
     """
-    from mmdet.structures.bbox import bbox_overlaps
-
-    iou, owner = bbox_overlaps(found.boxes, boxes).max(1)
+    iou, owner = box_iou(found.boxes, boxes).max(1)
     label = true[owner]
     active = ((iou > overlap) & (found.logits.detach().argmax(1) == label)).nonzero()[:, 0]
     rows = found.logits[active]

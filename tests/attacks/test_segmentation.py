@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.segmentation import DeepFoolSeg
 from attacks.sea import SEA, _stages
+from attacks.segmentation import DeepFoolSeg
 from bench.errors import GridError, PluginError
 from bench.protocols import Attack, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS, DATASETS, METRICS, MODELS, TASKS
