@@ -613,6 +613,10 @@ def _row(claim: Claim, lines: Sequence[_Line], pair: Pair | None, reference: boo
         if not any(line.is_a(facet, name) for line in used or lines)
     ]
     verdict, reason = _verdict(claim, judged, missing, reference)
+    sized = claim.kind in ("drop", "bound") or claim.margin != 0
+    if judged and sized and any(line.key.get("profile") not in ("", "paper") for line in used):
+        # Order and sign carry over to other data and models; sizes need not.
+        reason = "; ".join(filter(None, [reason, "the threshold is the paper's, on other data"]))
     row: dict[str, Any] = {
         "claim": claim.id, "paper": claim.paper, "tables": ", ".join(claim.tables), "section": claim.section,
         "kind": claim.kind, "statement": claim.statement, "reading": claim.reading, "verdict": verdict,

@@ -168,6 +168,17 @@ def test_kinds() -> None:
         assert verdict(lines, claim("bound", **whole, **changes))[0] == expected, changes
 
 
+def test_thresholds_on_other_data_are_said_to_be_the_papers() -> None:
+    lines = [line("cafd", 20, **CAFD), line("hgd", 80, **HGD)]
+    said = "the threshold is the paper's, on other data"
+    assert verdict(lines, claim("drop", at_least=5)) == ("holds", said)
+    assert verdict(lines, claim("order", margin=5)) == ("holds", said)
+    assert verdict([made | {"profile": "paper"} for made in lines], claim("drop", at_least=5)) == (
+        "holds",
+        "",
+    )
+
+
 def test_relative_drop_shows_the_reduction() -> None:
     lines = [line("cafd", 2000, 20000, **CAFD), line("hgd", 8000, 20000, **HGD)]
     (found,) = comparisons(claim("drop", at_least=70, relative=True), pd.DataFrame(lines))
