@@ -588,6 +588,30 @@ def show(
 
 
 @app.command()
+def picture(
+    cells: Annotated[list[str], typer.Argument(help="Cells: keys, or role / defense / attack / level.")],
+    grid: GridOption,
+    image: Annotated[int, typer.Option(min=0, help="Position of the image in its dataset.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG or SVG file.")] = Path("picture.png"),
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Draw an image of cells that have run: clean, attacked, purified, and what the model saw in each."""
+    import torch
+
+    from bench.pictures import picture as draw
+    from bench.pictures import save, strip
+
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    device = torch.device("cpu")
+    save(draw([strip(plan.cell(cell), opened, image, device) for cell in cells]), output)
+    err.print(f"wrote {escape(str(output))}")
+
+
+@app.command()
 def why(
     cell: CellArgument,
     grid: GridOption,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     import numpy as np
+    from matplotlib.axes import Axes
 
 __all__ = [
     "Attack",
@@ -253,6 +254,14 @@ class Task(ABC):
         Must hold `score` in [0,1], the image's own result (1 = as good as it gets): the per-image worst case over
         attacks is the attack with the lowest score.
         """
+
+    def draw(self, axes: Axes, prediction: Any, classes: Sequence[str]) -> str:
+        """Draw a prediction, or ground truth, over the image that `axes` shows in its own pixels.
+
+        Returns:
+            A caption: the label of the image, or "" where the drawing says all.
+        """
+        return ""
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG

@@ -57,6 +57,11 @@ class Classification(Task):
             row |= {"confidence": prediction.confidence, "margin": prediction.margin}
         return row
 
+    def draw(self, axes: Any, prediction: Any, classes: Sequence[str]) -> str:
+        """The class as caption, with the model's confidence where it is known."""
+        sure = f" {prediction.confidence:.0%}" if isinstance(prediction, Decision) else ""
+        return f"{classes[int(prediction)]}{sure}"
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[int, ...]:

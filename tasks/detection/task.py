@@ -51,6 +51,35 @@ class Detection(Task):
                               default=0.0)  # fmt: skip
         return {"score": float(score), "objects": objects, "box": boxes, "mask": masks}
 
+    def draw(self, axes: Any, prediction: Any, classes: Sequence[str]) -> str:
+        """Boxes of detections that score at least 0.3 (all of ground truth), masks filled; the caption counts them."""
+        import matplotlib
+        from matplotlib.patches import Rectangle
+
+        found = prediction.above(0.3) if isinstance(prediction, Detections) else None
+        if found is None:
+            boxes, labels, scores, masks = prediction.corners(), prediction.labels, None, None
+        else:
+            boxes, labels, scores = (
+                found.boxes.cpu().numpy(),
+                found.labels.cpu().numpy(),
+                found.scores.tolist(),
+            )
+            masks = None if found.masks is None else found.masks.cpu().numpy()
+        palette = matplotlib.colormaps["tab10"]
+        for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels.tolist(), strict=True)):
+            colour = palette(label % 10)
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
+            name = classes[label] if scores is None else f"{classes[label]} {scores[i]:.1f}"
+            axes.text(
+                x1, y1, name, color="white", fontsize=6, va="bottom", bbox={"color": colour, "pad": 0.5}
+            )
+            if masks is not None:
+                layer = np.zeros((*masks[i].shape, 4))
+                layer[masks[i]] = (*colour[:3], 0.45)
+                axes.imshow(layer, interpolation="nearest")
+        return f"{len(boxes)} found" if found is not None else ""
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[Objects, ...]:

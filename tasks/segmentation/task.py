@@ -56,6 +56,17 @@ class Segmentation(Task):
             "union": union[classes].tolist(),
         }
 
+    def draw(self, axes: Any, prediction: Any, classes: Sequence[str]) -> str:
+        """Label 0 left as it is, every other label in a colour of its own; ignored pixels grey."""
+        import matplotlib
+
+        labels = np.asarray(prediction)
+        colours = matplotlib.colormaps["tab20"](np.arange(256) % 20)
+        colours[:, 3], colours[IGNORE], colours[0, 3] = 0.6, (0.5, 0.5, 0.5, 0.6), 0.0
+        axes.imshow(colours[labels.astype(np.int64)], interpolation="nearest")
+        present = [k for k in np.unique(labels).tolist() if 0 < k < len(classes)]
+        return ", ".join(classes[k] for k in present[:4]) + (", …" if len(present) > 4 else "")
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[torch.Tensor, ...]:
