@@ -442,6 +442,9 @@ def table(
     format: Annotated[
         str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")
     ] = "markdown",
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="`paper`: beside the numbers the paper prints.")
+    ] = None,
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
@@ -453,7 +456,8 @@ def table(
 ) -> None:
     """Print a grid's tables from stored results, in another format if asked; runs nothing.
 
-    `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds.
+    `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds. `--compare paper`
+    prints measured, paper's and difference for every cell; on other data than the paper's, order and sign.
     """
     from bench.frame import cell_frame
     from bench.tables import FORMATS, render
@@ -470,18 +474,43 @@ def table(
         if not specs:
             raise GridError(f"--name: {unknown('table', name, (s.name for s in plan.grid.tables))}")
     frame = cell_frame(plan, opened)
+    if compare is not None:
+        _write_text(_compared(plan, frame, specs, compare, format), output)
+        return
     if format == "parquet":
         assert output is not None
         output.parent.mkdir(parents=True, exist_ok=True)
         frame["flags"] = frame["flags"].map(list)
         frame.to_parquet(output, index=False)
         return
-    text = "\n\n".join(render(frame, spec, format) for spec in specs) + "\n"
+    _write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
+
+
+def _write_text(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
+
+
+def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
+    from bench.paper import compare, comparison_markdown
+    from bench.tables import selected
+
+    if with_what != "paper":
+        raise GridError(f"--compare: {unknown('reference', with_what, ['paper'])}")
+    if format not in ("markdown", "csv"):
+        raise GridError(f"--compare prints markdown or csv, not {format}")
+    chosen = [spec for spec in specs if spec.paper is not None]
+    if not chosen:
+        raise GridError(f"{plan.options.grid}: no table says which printed one it repeats (key `paper`)")
+    parts = []
+    for spec in chosen:
+        compared = compare(selected(frame, spec), spec.paper)
+        text = compared.to_csv(index=False) if format == "csv" else comparison_markdown(compared)
+        parts.append(text if format == "csv" else f"### {spec.title or spec.name}\n\n{text}")
+    return "\n\n".join(parts) + "\n"
 
 
 @app.command("list")
