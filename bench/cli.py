@@ -516,8 +516,9 @@ def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, form
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics or grids.")
+        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics, grids or checkpoints.")
     ],
+    store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """List what is registered, with parameters and defaults."""
@@ -541,8 +542,11 @@ def list_command(
                 )
         out.print(table)
         return
+    if kind == "checkpoints":
+        out.print(_checkpoints(store))
+        return
     if kind not in registries:
-        raise GridError(unknown("list", kind, [*registries, "grids"]))
+        raise GridError(unknown("list", kind, [*registries, "grids", "checkpoints"]))
     chosen = registries[kind]
     table = Table("name", "what", "parameters (defaults)", box=None, pad_edge=False)
     for name in chosen.names():
@@ -554,6 +558,23 @@ def list_command(
         summary = (cls.__doc__ or "").strip().splitlines()
         table.add_row(name, escape(summary[0] if summary else ""), escape(", ".join(parameters)))
     out.print(table)
+
+
+def _checkpoints(store: Path) -> Table:
+    """Trained defenses, shipped and in the store, with what they recorded."""
+    from bench.progress import duration
+    from bench.weights import read_meta
+    from defenses._learned import SHIPPED
+
+    table = Table("checkpoint", "kB", "training", "recorded scores", "rebuild", box=None, pad_edge=False)
+    for folder in (SHIPPED, store / CHECKPOINTS):
+        for path in sorted(folder.glob("*.safetensors")):
+            meta = read_meta(path)
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in meta.get("scores", {}).items())
+            took = duration(meta["seconds"]) if "seconds" in meta else "–"
+            size = str(path.stat().st_size // 1000)
+            table.add_row(path.stem, size, took, escape(scores), escape(str(meta.get("rebuild", "–"))))
+    return table
 
 
 def _find(
