@@ -20,6 +20,10 @@ ATTACKS_AND_PARAMS = [
     ),
     ("library", {"library": "foolbox", "attack": "LinfPGD", "eps": "2/255", "params": {"steps": 4}}),
     ("library", {"library": "foolbox", "attack": "HopSkipJumpAttack", "params": {"steps": 1}}),
+    ("stadv", {"steps": 6, "searches": 2}),
+    ("stadv", {"steps": 3, "searches": 1, "optimizer": "lbfgs", "stop_when_fooled": True}),
+    ("fwa", {"steps": 4, "radius": 0.05, "window": 3}),
+    ("fwa", {"steps": 4, "radius": 0.05, "window": 3, "stop_when_fooled": True, "bisections": 10}),
 ]
 IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in ATTACKS_AND_PARAMS]
 
