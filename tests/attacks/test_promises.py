@@ -24,6 +24,11 @@ ATTACKS_AND_PARAMS = [
     ("stadv", {"steps": 3, "searches": 1, "optimizer": "lbfgs", "stop_when_fooled": True}),
     ("fwa", {"steps": 4, "radius": 0.05, "window": 3}),
     ("fwa", {"steps": 4, "radius": 0.05, "window": 3, "stop_when_fooled": True, "bisections": 10}),
+    ("pgd_kl", {}),
+    ("eot_pgd", {"steps": 3, "draws": 2}),
+    ("hgd_ensemble", {"eps": "4/255"}),
+    ("tap", {"steps": 4}),
+    ("fff", {"steps": 4}),
 ]
 IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in ATTACKS_AND_PARAMS]
 
