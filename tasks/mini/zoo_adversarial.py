@@ -149,7 +149,7 @@ AT: dict[str, Any] = {
     },
 }  # fmt: skip
 TRADES: dict[str, Any] = {
-    **_TUNED, "epochs": 12, "loss": "cross entropy + beta KL", "beta": 6.0,
+    **_TUNED, "epochs": 45, "loss": "cross entropy + beta KL", "beta": 6.0,
     "adversary": {
         "attacks": [
             {"name": "pgd", "loss": "kl", "start": "normal", "eps": "0.031", "alpha": "0.007", "steps": 10}
@@ -158,7 +158,7 @@ TRADES: dict[str, Any] = {
     },
 }  # fmt: skip
 FREE: dict[str, Any] = {
-    **_TUNED, "epochs": 80, "loss": "cross entropy at adversarial images", "replays": 8, "eps": "8/255",
+    **_TUNED, "epochs": 160, "loss": "cross entropy at adversarial images", "replays": 8, "eps": "8/255",
     "alpha": "8/255", "adversary": {"batch_norm": "training"},
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 # mini_ssd's network, trained on from its weights with adversarial halves of batches (recipe in
 # tasks/mini/zoo_adversarial.py): scenes at their final contrast.
 _base_ = ["mini_ssd.py"]
-iters = 200
+iters = 1200
 train_dataloader = dict(dataset=dict(length=iters * 16, easy_share=0.0))
 train_cfg = dict(max_iters=iters)
 param_scheduler = [
