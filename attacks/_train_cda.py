@@ -71,7 +71,7 @@ def train(
                 clean = model.logits(x)
             loss = -relativistic_loss(clean, model.logits(made)).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 logger.info("step %d of %d, loss %.3f", step + 1, steps, -loss.item())

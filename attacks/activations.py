@@ -245,8 +245,8 @@ class FFF(Attack):
         if not layers:
             raise NotApplicable("the network has no convolution that runs once")
 
-        def objective(view: Oracle, x: Tensor) -> Tensor:
-            found = activations(view, x, layers)
+        def objective(oracle: Oracle, images: Tensor) -> Tensor:
+            found = activations(oracle, images, layers)
             return torch.stack([(out.abs().flatten(1).mean(1) + 1e-12).log() for out in found]).sum(0)
 
         noise = ImageRNG([self.seed]).uniform(image.shape[1:], -self._eps, self._eps, image.device)

@@ -93,7 +93,7 @@ def smoothed(images: Tensor) -> Tensor:
 
 @ATTACKS.register_module(name="cda")
 class CDA(Attack):
-    """Cross-domain attack: x' = P(G(x)) (Naseer et al. 2019, section 3), G trained once, on any images, for one network.
+    """Cross-domain attack: x' = P(G(x)) (Naseer et al. 2019, section 3), G trained once, on any images, for one net.
 
     Nothing is asked of the victim and no labels are used, so it runs on every task, and one set of images serves all
     levels. `python -m attacks._train_cda` trains a generator; the published ones are named by path.

@@ -70,7 +70,7 @@ class StAdv(Attack):
         labels = as_labels(targets, clean.device)
         out, left = clean.clone(), torch.arange(len(clean))
         for turn in range(self.searches):
-            parts = (left,) if self.optimizer == "adam" else left.split(1)
+            parts = (left,) if self.optimizer == "adam" else [left[i : i + 1] for i in range(len(left))]
             still = [left[:0]]
             for part in parts:
                 if len(part) == 0:
