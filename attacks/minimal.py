@@ -165,8 +165,7 @@ class MinimalNorm(Attack):
             raise NotApplicable(f"attack '{self.name}' needs at least 2 classes")
         clean = images.detach()
         index = torch.arange(len(clean), device=clean.device)
-        # All queries go through views of one oracle nobody has asked yet: an image's EOT draws then depend on its own
-        # number of queries, not on who else was there.
+        # Images that still work have all asked equally often, so EOT draws do not depend on who else was there.
         with torch.no_grad():
             return self.search(Working(oracle, index, clean, as_labels(targets, clean.device)), rng)
 
