@@ -1,0 +1,282 @@
+"""The page: lines of the long frame as tables that unfold, around plots and pictures, in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from bench.checks import FLAGS
+from bench.errors import GridError, StoreError
+from bench.frame import ADAPTIVE, WORST
+from bench.report.plots import Plot, percent
+from bench.tables import LEVELS, TableSpec, build, notes, write_table
+
+if TYPE_CHECKING:
+    from bench.grid import Grid
+    from bench.report.pictures import Example
+
+__all__ = ["MEANINGS", "Source", "render_page"]
+
+MEANINGS = {
+    "clean": "not attacked",
+    "oblivious": "gradients of the bare model; the attacker does not know there is a defense",
+    "transfer": "gradients of other models",
+    "gray_box": "gradients of the model behind a defense of the attacker's own, not the deployed one",
+    "bpda": "forward through the deployed defense, backward through its differentiable stand-in",
+    "white_box": "the true gradient through the deployed defense",
+    "adaptive": "per image the worst over all levels and attacks of the grid: what is left in the end",
+}
+"""Threat levels in the order of what the attacker knows, in words."""
+
+STATUS = {"ok": "", "partial": "partly run", "skip": "skipped", "error": "failed", "pending": "not run"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the lines come from, and so what reproduces them.
+
+    Attributes:
+        path: grid file; None when it is not known.
+        grid: what is in it.
+        profile: profile; None = as the lines say.
+        limit: images per role, as `--limit`.
+        plugins: plug-in files, as `--plugin`.
+    """
+
+    path: Path | None
+    grid: Grid | None
+    profile: str | None
+    limit: int | None
+    plugins: tuple[str, ...] = ()
+
+    def command(self, verb: str, line: Mapping[str, Any], cell: str = "") -> str:
+        """The command line that runs or shows the cell of `line`."""
+        path = self.path.as_posix() if self.path is not None else f"{line['grid']}.yaml"
+        profile = self.profile or str(line.get("profile") or "")
+        parts = ["python", "-m", "bench", verb, *([cell] if cell else []), "--grid", path]
+        parts += ["--profile", profile] if profile else []
+        parts += ["--seed", str(line["seed"])]
+        parts += ["--limit", str(self.limit)] if self.limit is not None else []
+        parts += [part for plugin in self.plugins for part in ("--plugin", plugin)]
+        return shlex.join(parts)
+
+
+def render_page(
+    lines: pd.DataFrame,
+    source: Source,
+    plots: Sequence[Plot],
+    examples: Sequence[Example] = (),
+    omitted: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The HTML page, everything inside.
+
+    Args:
+        lines: the long frame, plain columns.
+        source: the grid behind it.
+        plots: of `bench.report.plots.make_plots`.
+        examples, omitted: pictures of cells, and why others are missing.
+        versions: cell -> what it ran with; None or without a cell = not known.
+
+    Raises:
+        StoreError: parameters in the frame that are not JSON.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    cells = _cells(lines, source, versions or {})
+    pictured = {(e.cell, e.level_label): f"picture-{i}" for i, e in enumerate(examples)}
+    for cell in cells:
+        cell["picture"] = pictured.get((cell["cell"], cell["level_label"]), "")
+    page = environment.get_template("page.html.j2").render(
+        title=source.grid.title if source.grid and source.grid.title else str(lines["grid"].iloc[0]),
+        grid=", ".join(dict.fromkeys(map(str, lines["grid"]))),
+        profile=source.profile or ", ".join(dict.fromkeys(map(str, lines.get("profile", [])))),
+        roles=_roles(lines),
+        notes=notes(lines),
+        cells=cells,
+        worst=_worst(cells),
+        levels=[level for level in LEVELS if any(c["level"] == level for c in cells)],
+        meanings=MEANINGS,
+        flags={flag: FLAGS.get(flag, "") for cell in cells for flag in cell["flags"]},
+        choices={
+            name: list(dict.fromkeys(cell[name] for cell in cells))
+            for name in ("role", "defense", "attack", "level", "state", "image_format")
+        },
+        tables=_tables(lines, source),
+        plots={kind: [p for p in plots if p.kind == kind] for kind in ("levels", "scatter", "sweep")},
+        examples=[(f"picture-{i}", e, _uri(e.png)) for i, e in enumerate(examples)],
+        omitted=list(omitted),
+        run=source.command("run", lines.iloc[0].to_dict()),
+        known=source.path is not None,
+        style=Markup(_text("style.css")),  # noqa: S704
+        script=Markup(_text("script.js")),  # noqa: S704
+        Markup=Markup,
+    )
+    return page
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _roles(lines: pd.DataFrame) -> list[dict[str, Any]]:
+    found = lines.drop_duplicates("role")
+    return [
+        {k: line[k] for k in ("role", "task", "dataset", "model", "n_total")} for _, line in found.iterrows()
+    ]
+
+
+def _params(text: Any, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(str(text) or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise StoreError(f"{where}: expected a JSON mapping, got '{str(text)[:60]}'")
+    return found
+
+
+def _flat(params: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{k} = {v if isinstance(v, str) else json.dumps(v, sort_keys=True)}" for k, v in params.items()
+    )
+
+
+def _defense(params: Mapping[str, Any]) -> str:
+    """A defense's identity in words, a chain's members in their order."""
+    if "members" in params:
+        return ", then ".join(_defense(member) for member in params["members"])
+    inner = _flat(params.get("params", {}))
+    rest = _flat({k: v for k, v in params.items() if k not in ("name", "params")})
+    return f"{params.get('name', '')}({inner})" + (f" [{rest}]" if rest else "")
+
+
+def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One entry per cell: its first metric as the row, all metrics and the rest below it."""
+    keys = ["grid", "role", "defense", "attack", "level_label", "seed", "image_format"]
+    cells = []
+    for place, (_, part) in enumerate(lines.groupby(keys, sort=False, observed=True)):
+        line = {str(k): v for k, v in part.iloc[0].to_dict().items()}
+        worst = line["attack"] == WORST
+        where = f"results of {line['role']} / {line['defense']} / {line['attack']}"
+        attack = _params(line.get("attack_params", "{}"), f"{where}, attack_params")
+        defense = _params(line.get("defense_params", "{}"), f"{where}, defense_params")
+        weights = _params(line.get("weights", "{}"), f"{where}, weights")
+        details: list[tuple[str, str]] = []
+        if attack and not worst:
+            details.append(("attack", f"{line.get('attack_name', '')}({_flat(attack)})"))
+        if defense:
+            details.append(("defense", _defense(defense)))
+        details.append(("model", f"{line['model']} on {line['dataset']}"))
+        if weights:
+            details.append(("weights", _flat(weights)))
+        if line["cell"]:
+            details.append(
+                ("cost", f"{line.get('forwards', 0)} forward and {line.get('backwards', 0)} backward passes")
+            )
+            if not _nan(line.get("linf_max")):
+                moved = float(line["linf_max"])
+                details.append(("moved", f"at most {moved:.6f} ({moved * 255:.2f} of 255) in any pixel"))
+            details.append(("key", str(line["cell"])))
+        if int(line["repeats"]) > 1:
+            details.append(("repeats", f"mean of {line['repeats']} evaluations with draws of their own"))
+        if str(line["cell"]) in versions:
+            details.append(("versions", versions[str(line["cell"])]))
+        cells.append(
+            {
+                **{k: line[k] for k in (*keys, "level", "cell", "n", "n_total", "task", "reason", "status")},
+                "id": f"cell-{place}",
+                "worst": worst,
+                "state": STATUS[line["status"]] or ("suspect" if line["flags"] else "fine"),
+                "flags": list(line["flags"]),
+                "metrics": [_metric(m) for m in part.to_dict("records")],
+                "details": details,
+                "run": source.command("run", line),
+                "show": source.command("show", line, str(line["cell"])) if line["cell"] else "",
+                "rank": LEVELS.index(line["level"]) if line["level"] in LEVELS else len(LEVELS),
+            }
+        )
+    return cells
+
+
+def _nan(value: Any) -> bool:
+    return value in (None, "", "nan") or (isinstance(value, float) and math.isnan(value))
+
+
+def _metric(line: Mapping[Any, Any]) -> dict[str, Any]:
+    unit = str(line["unit"])
+    scale, digits = percent(unit), 1 if unit == "%" else 3
+    there = line["status"] in ("ok", "partial") and not _nan(line["value"])
+
+    def text(name: str) -> str:
+        return f"{float(line[name]) * scale:.{digits}f}" if there and not _nan(line[name]) else ""
+
+    return {
+        "name": line["metric"],
+        "label": f"{line['metric']}{f' ({unit})' if unit else ''}",
+        "arrow": "↑" if line["higher_is_better"] else "↓",
+        "up": bool(line["higher_is_better"]),
+        "value": text("value"), "low": text("low"), "high": text("high"), "least": text("value_worst"),
+        # Where a bar can be drawn: shares of its length.
+        "bar": [round(100 * float(line[k]), 1) for k in ("low", "value", "high")] if there and unit == "%" else [],
+    }  # fmt: skip
+
+
+def _worst(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per role and defense: clean, the worst case of each level, and adaptive, by the first metric.
+
+    Of several sources of transfer (or seeds) the worst is shown.
+    """
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for cell in cells:
+        if not (cell["worst"] or cell["attack"] == "clean"):
+            continue
+        key = (cell["grid"], cell["role"], cell["defense"], cell["image_format"])
+        row = rows.setdefault(
+            key,
+            {"role": cell["role"], "defense": cell["defense"], "metric": cell["metrics"][0], "by": {}},
+        )
+        known = row["by"].get(cell["level"])
+        if known is None or _harder(cell, known):
+            row["by"][cell["level"]] = cell
+    for row in rows.values():
+        gap = [row["by"][k]["metrics"][0]["value"] for k in ("oblivious", ADAPTIVE) if k in row["by"]]
+        row["gap"] = f"{float(gap[1]) - float(gap[0]):+.1f}" if len(gap) == 2 and all(gap) else ""
+    return list(rows.values())
+
+
+def _harder(cell: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    new, old = cell["metrics"][0], known["metrics"][0]
+    if not (new["value"] and old["value"]):
+        return bool(new["value"])
+    return (float(new["value"]) < float(old["value"])) == new["up"]
+
+
+def _tables(lines: pd.DataFrame, source: Source) -> list[tuple[str, Markup]]:
+    """The grid's own tables as it defines them; none when the grid is not known."""
+    found = []
+    specs: Sequence[TableSpec] = source.grid.tables if source.grid is not None else ()
+    for spec in specs:
+        try:
+            table = build(lines, spec)
+        except GridError:
+            # Lines of an older grid file of this name may lack what a table asks for.
+            continue
+        found.append((table.title, Markup(write_table(table, "html"))))  # noqa: S704 - the writer escapes
+    return found
