@@ -18,7 +18,7 @@ from markupsafe import Markup
 from bench.checks import FLAGS
 from bench.errors import GridError, StoreError
 from bench.frame import ADAPTIVE, WORST
-from bench.report.plots import Plot, percent
+from bench.report.plots import KNOWING, Plot, percent
 from bench.tables import LEVELS, TableSpec, build, notes, write_table
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def render_page(
         plots={kind: [p for p in plots if p.kind == kind] for kind in ("levels", "scatter", "sweep")},
         examples=[(f"picture-{i}", e, _uri(e.png)) for i, e in enumerate(examples)],
         omitted=list(omitted),
+        versioned=bool(versions),
         run=source.command("run", lines.iloc[0].to_dict()),
         known=source.path is not None,
         style=Markup(_text("style.css")),  # noqa: S704
@@ -179,7 +180,9 @@ def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> 
         defense = _params(line.get("defense_params", "{}"), f"{where}, defense_params")
         weights = _params(line.get("weights", "{}"), f"{where}, weights")
         details: list[tuple[str, str]] = []
-        if attack and not worst:
+        if worst:
+            details.append(("worst of", ", ".join(_behind(lines, line)) or "nothing that finished"))
+        elif attack:
             details.append(("attack", f"{line.get('attack_name', '')}({_flat(attack)})"))
         if defense:
             details.append(("defense", _defense(defense)))
@@ -213,6 +216,19 @@ def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> 
             }
         )
     return cells
+
+
+def _behind(lines: pd.DataFrame, line: Mapping[str, Any]) -> list[str]:
+    """The attacks a worst case is taken over, with their level where it spans several."""
+    same = lines[(lines["attack"] != WORST) & (lines["level"] != "clean") & (lines["status"] != "skip")]
+    for column in ("grid", "role", "defense", "seed", "image_format"):
+        same = same[same[column] == line[column]]
+    if line["level"] != ADAPTIVE:
+        return list(dict.fromkeys(same[same["level_label"] == line["level_label"]]["attack"]))
+    return [
+        f"{attack} ({', '.join(dict.fromkeys(part['level_label']))})"
+        for attack, part in same.groupby("attack", sort=False)
+    ]
 
 
 def _nan(value: Any) -> bool:
@@ -256,9 +272,19 @@ def _worst(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if known is None or _harder(cell, known):
             row["by"][cell["level"]] = cell
     for row in rows.values():
-        gap = [row["by"][k]["metrics"][0]["value"] for k in ("oblivious", ADAPTIVE) if k in row["by"]]
-        row["gap"] = f"{float(gap[1]) - float(gap[0]):+.1f}" if len(gap) == 2 and all(gap) else ""
+        row["gap"] = _gap(row["by"]) if any(level in row["by"] for level in KNOWING) else ""
     return list(rows.values())
+
+
+def _gap(by: Mapping[str, Mapping[str, Any]]) -> str:
+    """What knowing the defense costs it: adaptive less oblivious, below zero where it is worse for the defender."""
+    if "oblivious" not in by or ADAPTIVE not in by:
+        return ""
+    first, last = by["oblivious"]["metrics"][0], by[ADAPTIVE]["metrics"][0]
+    if not (first["value"] and last["value"]):
+        return ""
+    gap = (float(last["value"]) - float(first["value"])) * (1 if last["up"] else -1)
+    return f"{gap:+.{len(last['value'].partition('.')[2])}f}"
 
 
 def _harder(cell: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

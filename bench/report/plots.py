@@ -23,7 +23,7 @@ __all__ = ["Plot", "main_lines", "make_plots", "percent"]
 # Written into the SVG as they are; the page replaces them, so that plots follow its light or dark colours.
 INK = "#1f1f1f"
 PAPER = "#fefefe"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0568c", "#b58900", "#4a90c2", "#7a7a7a")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0568c", "#b58900", "#4a90c2", "#8a6fd1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 DASHES = ("-", "--", "-.", ":")
 LEVEL_MARKERS = {
@@ -35,6 +35,9 @@ LEVEL_MARKERS = {
     "white_box": "D",
     ADAPTIVE: "X",
 }
+
+KNOWING = ("gray_box", "bpda", "white_box")
+"""Levels of attackers who know of the defense."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,10 @@ class Plot:
     def inline(self) -> str:
         """The SVG element alone, in the colours of the page around it."""
         body = self.svg[self.svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-        # The size comes from the page; the viewBox stays.
-        return re.sub(
-            r'(<svg\b[^>]*?) width="[^"]*"',
-            r"\1",
-            re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", body, count=1),
-            count=1,
-        )
+        # The size comes from the page, the viewBox stays; names of groups would repeat from plot to plot.
+        head, rest = body.split(">", 1)
+        head = re.sub(r' (width|height)="[^"]*"', "", head)
+        return head + ">" + re.sub(r'<g id="[^"]*"', "<g", rest)
 
 
 def percent(unit: str) -> float:
@@ -124,7 +124,7 @@ def _levels(part: pd.DataFrame) -> Iterator[Plot]:
         rows = worst[worst["level"] == level]
         offset = 0.56 * (place / (len(present) - 1) - 0.5)
         ys = [defenses.index(d) + offset for d in rows["defense"]]
-        color = COLORS[place % len(COLORS)]
+        color = COLORS[list(LEVEL_MARKERS).index(level)]
         axes.hlines(ys, rows["low"] * scale, rows["high"] * scale, color=color, linewidth=1)
         axes.plot(
             rows["value"] * scale, ys, LEVEL_MARKERS[level], color=color, markersize=6, linestyle="none",
@@ -137,9 +137,18 @@ def _levels(part: pd.DataFrame) -> Iterator[Plot]:
     axes.set_ylim(len(defenses) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(label)
+    if part["unit"].iloc[0] == "%":
+        axes.set_xlim(-3, 103)
     _legend(figure, axes)
     gaps = _gaps(worst, defenses, scale, str(part["unit"].iloc[0]))
-    yield _finish(figure, f"levels-{role}", "levels", role, f"{label} by threat level. {gaps}")
+    if not worst["level"].isin(KNOWING).any():
+        role, gaps = (
+            f"{role} (no attacker who knows the defense)",
+            "No attacker who knows the defense was tried.",
+        )
+    yield _finish(
+        figure, f"levels-{role}", "levels", _titled(role, worst), f"{label} by threat level. {gaps}"
+    )
 
 
 def _gaps(worst: pd.DataFrame, defenses: Sequence[str], scale: float, unit: str) -> str:
@@ -182,7 +191,11 @@ def _scatter(part: pd.DataFrame) -> Iterator[Plot]:
         f"{d} {clean.loc[d, 'value'] * scale:.1f} and {robust.loc[d, 'value'] * scale:.1f}" for d in names
     )
     yield _finish(
-        figure, f"scatter-{role}", "scatter", role, f"{label}, clean and {level} worst case: {points}."
+        figure,
+        f"scatter-{role}",
+        "scatter",
+        _titled(role, worst),
+        f"{label}, clean and {level} worst case: {points}.",
     )
 
 
@@ -259,6 +272,11 @@ def _about(part: pd.DataFrame) -> tuple[str, float, str]:
     arrow = "↑" if bool(line["higher_is_better"]) else "↓"
     label = f"{line['metric']}{f' ({unit})' if unit else ''} {arrow}"
     return str(line["role"]), percent(unit), label
+
+
+def _titled(role: str, worst: pd.DataFrame) -> str:
+    """The role, with a warning where its adaptive attacker knows nothing of the defense."""
+    return role if worst["level"].isin(KNOWING).any() else f"{role} (no attacker who knows the defense)"
 
 
 def _short(name: str) -> str:
