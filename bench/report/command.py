@@ -43,7 +43,13 @@ def report_command(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most N images per role.")] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Cells per role shown as pictures; 0 = none.")] = 4,
-    image: Annotated[int, typer.Option(min=0, help="Position of the pictured image in its dataset.")] = 0,
+    image: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Position of the pictured image in its dataset; default: the first one right when clean.",
+        ),
+    ] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Folder to write to; default: the one with the results.")
     ] = None,
@@ -82,7 +88,8 @@ def report_command(
         raise GridError("give a folder of results, such as results/table1, or --grid FILE")
 
     plots = make_plots(lines)
-    page = render_page(lines, source, plots, examples, omitted, versions)
+    rule = "the first that its model gets right when it is clean" if image is None else f"number {image}"
+    page = render_page(lines, source, plots, examples, omitted, versions, rule)
     for plot in plots:
         _save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
         _save(target / PLOTS / f"{plot.name}.png", plot.png)
@@ -96,7 +103,8 @@ def read_results(folder: Path) -> pd.DataFrame:
     Raises:
         StoreError: no such folder or file, or no lines in it.
     """
-    from bench.tables import read_long
+    from bench.report.page import STATUS
+    from bench.tables import LEVELS, read_long
 
     if not folder.is_dir():
         parent = folder.parent
@@ -108,6 +116,9 @@ def read_results(folder: Path) -> pd.DataFrame:
     lines = read_long(path)
     if not len(lines):
         raise StoreError(f"{path} has no lines")
+    for column, known in (("level", LEVELS), ("status", STATUS)):
+        for value in set(lines[column]) - set(known):
+            raise StoreError(f"{path}: {unknown(column, value, known)}")
     return lines
 
 

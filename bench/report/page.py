@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from bench.checks import FLAGS
-from bench.errors import GridError, StoreError
+from bench.errors import GridError
 from bench.frame import ADAPTIVE, WORST
-from bench.report.plots import KNOWING, Plot, percent
+from bench.report.plots import KNOWING, Plot, parameters, percent
 from bench.tables import LEVELS, TableSpec, build, notes, write_table
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def render_page(
     examples: Sequence[Example] = (),
     omitted: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
+    rule: str = "",
 ) -> str:
     """The HTML page, everything inside.
 
@@ -87,6 +88,7 @@ def render_page(
         plots: of `bench.report.plots.make_plots`.
         examples, omitted: pictures of cells, and why others are missing.
         versions: cell -> what it ran with; None or without a cell = not known.
+        rule: how the pictured image was chosen, in words.
 
     Raises:
         StoreError: parameters in the frame that are not JSON.
@@ -118,6 +120,7 @@ def render_page(
         plots={kind: [p for p in plots if p.kind == kind] for kind in ("levels", "scatter", "sweep")},
         examples=[(f"picture-{i}", e, _uri(e.png)) for i, e in enumerate(examples)],
         omitted=list(omitted),
+        rule=rule,
         versioned=bool(versions),
         run=source.command("run", lines.iloc[0].to_dict()),
         known=source.path is not None,
@@ -143,16 +146,6 @@ def _roles(lines: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _params(text: Any, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(str(text) or "{}")
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise StoreError(f"{where}: expected a JSON mapping, got '{str(text)[:60]}'")
-    return found
-
-
 def _flat(params: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{k} = {v if isinstance(v, str) else json.dumps(v, sort_keys=True)}" for k, v in params.items()
@@ -175,10 +168,9 @@ def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> 
     for place, (_, part) in enumerate(lines.groupby(keys, sort=False, observed=True)):
         line = {str(k): v for k, v in part.iloc[0].to_dict().items()}
         worst = line["attack"] == WORST
-        where = f"results of {line['role']} / {line['defense']} / {line['attack']}"
-        attack = _params(line.get("attack_params", "{}"), f"{where}, attack_params")
-        defense = _params(line.get("defense_params", "{}"), f"{where}, defense_params")
-        weights = _params(line.get("weights", "{}"), f"{where}, weights")
+        attack, defense, weights = (
+            parameters(line, c) for c in ("attack_params", "defense_params", "weights")
+        )
         details: list[tuple[str, str]] = []
         if worst:
             details.append(("worst of", ", ".join(_behind(lines, line)) or "nothing that finished"))

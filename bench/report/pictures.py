@@ -20,6 +20,7 @@ from bench.store import Store
 LOG = logging.getLogger(__name__)
 IMAGE_BYTES = 250_000
 TOTAL_BYTES = 6_000_000
+RIGHT = 0.9
 _RESOLUTIONS = (110, 80, 55)
 _KNOWLEDGE = ("white_box", "bpda", "gray_box", "oblivious", "transfer")
 
@@ -95,8 +96,24 @@ def chosen_cells(plan: Plan, lines: pd.DataFrame, count: int) -> list[Cell]:
     return chosen
 
 
+def first_right(plan: Plan, store: Store, role: str) -> int:
+    """Position of the first image that the role's first defense on clean images gets right: a score of `RIGHT`.
+
+    The best scored image where none is; 0 where no clean cell has finished.
+    """
+    for cell in plan.cells:
+        if cell.target.role == role and cell.attack is None and cell.skip is None:
+            record = cell_record(store, cell)
+            ids = cell.target.ids
+            if record.missing(ids):
+                continue
+            scores = [float(row["score"]) for row in record.read_rows(ids)]
+            return next((i for i, score in enumerate(scores) if score >= RIGHT), scores.index(max(scores)))
+    return 0
+
+
 def examples_of(
-    plan: Plan, store: Store, lines: pd.DataFrame, count: int, image: int
+    plan: Plan, store: Store, lines: pd.DataFrame, count: int, image: int | None
 ) -> tuple[list[Example], list[str]]:
     """Pictures of `count` cells a role, and what was left out and why.
 
@@ -104,13 +121,17 @@ def examples_of(
         plan, store: the grid and where its adversarial images are.
         lines: the long frame.
         count: cells a role.
-        image: position in the dataset; the last image of a smaller one.
+        image: position in the dataset (the last image of a smaller one); None = see `first_right`.
     """
     found: list[Example] = []
     omitted: list[str] = []
     device = torch.device("cpu")
+    places: dict[str, int] = {}
     for cell in chosen_cells(plan, lines, count):
-        place = min(image, len(cell.target.ids) - 1)
+        role = cell.target.role
+        if role not in places:
+            places[role] = first_right(plan, store, role) if image is None else image
+        place = min(places[role], len(cell.target.ids) - 1)
         try:
             row = strip(cell, store, place, device)
         except BenchError as error:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from bench.errors import StoreError
 from bench.frame import ADAPTIVE, WORST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Plot", "main_lines", "make_plots", "percent"]
+__all__ = ["KNOWING", "Plot", "main_lines", "make_plots", "parameters", "percent"]
 
 # Written into the SVG as they are; the page replaces them, so that plots follow its light or dark colours.
 INK = "#1f1f1f"
@@ -71,6 +72,23 @@ class Plot:
 def percent(unit: str) -> float:
     """What to multiply a value by before it is printed."""
     return 100.0 if unit == "%" else 1.0
+
+
+def parameters(line: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """The JSON mapping in a column of one line of the frame; {} where the frame has no such column.
+
+    Raises:
+        StoreError: it is none.
+    """
+    text = str(line.get(column) or "{}")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        where = f"{line['role']} / {line['defense']} / {line['attack']}"
+        raise StoreError(f"results of {where}, {column}: expected a JSON mapping, got '{text[:60]}'")
+    return found
 
 
 def main_lines(lines: pd.DataFrame) -> pd.DataFrame:
@@ -210,8 +228,9 @@ def _number(value: Any) -> float | None:
 def _sweeps(main: pd.DataFrame, key: str) -> Iterator[Plot]:
     """Score against `key` of attacks that agree in every parameter but it (and the step size that follows it)."""
     groups: dict[tuple[str, ...], list[tuple[float, Mapping[str, Any]]]] = {}
-    for line in main.to_dict("records"):
-        params = json.loads(str(line.get("attack_params") or "{}"))
+    for record in main.to_dict("records"):
+        line = {str(k): v for k, v in record.items()}
+        params = parameters(line, "attack_params")
         at = _number(params.get(key))
         if line["attack"] in ("clean", WORST) or at is None:
             continue
@@ -222,7 +241,7 @@ def _sweeps(main: pd.DataFrame, key: str) -> Iterator[Plot]:
             str(line["level_label"]),
             same,
         )
-        groups.setdefault(group, []).append((at, {str(k): v for k, v in line.items()}))
+        groups.setdefault(group, []).append((at, line))
     named: dict[str, int] = {}
     for (role, attack, level, _), points in groups.items():
         series: dict[str, dict[float, Mapping[str, Any]]] = {}

@@ -204,6 +204,7 @@ def test_seeds_are_averaged_in_plots(folder: Path) -> None:
         (["{tmp}/empty"], "has no results.csv"),
         (["{tmp}/bad"], "not a table of results: no column"),
         (["{tmp}/params"], "attack_params: expected a JSON mapping"),
+        (["{tmp}/level"], "unknown level 'whitebox': did you mean 'white_box'?"),
         (["{tmp}/none"], "has no lines"),
         (["--grid", "grids/tabel1.yaml", "--store", "{tmp}"], "unknown grid file"),
         (["--grid", "grids/table1.yaml", "--store", "{tmp}/absent"], "there is no folder"),
@@ -212,10 +213,11 @@ def test_seeds_are_averaged_in_plots(folder: Path) -> None:
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    for name in ("report", "empty", "bad", "params", "none"):
+    for name in ("report", "empty", "bad", "params", "level", "none"):
         (tmp_path / name).mkdir()
     (tmp_path / "bad" / "results.csv").write_text("a,b\n1,2\n")
     made().assign(attack_params="{").to_csv(tmp_path / "params" / "results.csv", index=False)
+    made().assign(level="whitebox").to_csv(tmp_path / "level" / "results.csv", index=False)
     made().iloc[:0].to_csv(tmp_path / "none" / "results.csv", index=False)
     with pytest.raises(SystemExit) as ended:
         main(["report", *(a.format(tmp=tmp_path) for a in arguments)])
@@ -253,6 +255,9 @@ def test_from_a_store_with_pictures(tmp_path: Path) -> None:
     assert all("attacked, purified:" in alt for _, _, alt in pictures)
     assert 'href="#picture-1"' in text and "torch 2" in text
     assert f"--grid {grid} --profile" in text and "--limit 3" in text
+    # The pictured image is one that is right when clean, so that what the attack does is seen.
+    truth, clean = (re.search(rf"{part}: (\w+)", pictures[0][2]) for part in ("ground truth", "; clean"))
+    assert truth is not None and clean is not None and truth[1] == clean[1]
     # The stored lines and the written ones make the same rows.
     main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "again")])
     again = (tmp_path / "again" / "report.html").read_text()
