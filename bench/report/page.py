@@ -122,7 +122,7 @@ def render_page(
         omitted=list(omitted),
         rule=rule,
         versioned=bool(versions),
-        run=source.command("run", lines.iloc[0].to_dict()),
+        run=source.command("run", {str(k): v for k, v in lines.iloc[0].items()}),
         known=source.path is not None,
         style=Markup(_text("style.css")),  # noqa: S704
         script=Markup(_text("script.js")),  # noqa: S704
@@ -283,7 +283,7 @@ def _harder(cell: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     new, old = cell["metrics"][0], known["metrics"][0]
     if not (new["value"] and old["value"]):
         return bool(new["value"])
-    return (float(new["value"]) < float(old["value"])) == new["up"]
+    return (float(new["value"]) < float(old["value"])) == bool(new["up"])
 
 
 def _tables(lines: pd.DataFrame, source: Source) -> list[tuple[str, Markup]]:

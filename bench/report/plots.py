@@ -245,8 +245,8 @@ def _sweeps(main: pd.DataFrame, key: str) -> Iterator[Plot]:
     named: dict[str, int] = {}
     for (role, attack, level, _), points in groups.items():
         series: dict[str, dict[float, Mapping[str, Any]]] = {}
-        for at, line in points:
-            series.setdefault(str(line["defense"]), {}).setdefault(at, line)
+        for at, point in points:
+            series.setdefault(str(point["defense"]), {}).setdefault(at, point)
         if max(len(at) for at in series.values()) < 3:
             continue
         part = main[main["role"] == role]
@@ -316,9 +316,10 @@ _STYLE: dict[str, Any] = {
 
 
 def _styled(draw: Callable[[], Any]) -> Any:
-    import matplotlib
+    import matplotlib as mpl
 
-    with matplotlib.rc_context(_STYLE):
+    style: Any = _STYLE
+    with mpl.rc_context(style):
         return draw()
 
 

@@ -390,10 +390,15 @@ def test_light_dark_and_print(page: Browser) -> None:
         page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         seen.append(page.run(color))
     page.cdp("Emulation.setEmulatedMedia", media="print", features=[])
+    page.size(700, 1000)  # A4 less its margins
     try:
         assert seen[0] == "rgb(255, 255, 255)" != seen[1]
         assert page.run("return document.getElementById('filters').offsetHeight") == 0
-        assert page.run("return document.getElementById('cells-table').offsetHeight") > 0
+        for table in ("worst-table", "cells-table"):
+            width, height = page.run(
+                f"const t = document.getElementById('{table}'); return [t.scrollWidth, t.scrollHeight]"
+            )
+            assert 0 < width <= 700 and height > 0
     finally:
         page.cdp("Emulation.setEmulatedMedia", media="", features=[])
 
