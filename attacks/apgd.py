@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks.iterative import Radius, Steps, _Best, _Climb
 from attacks.projections import Projection, make_projection
-from attacks.scores import as_labels, fooled, score
+from attacks.scores import Watched, as_labels, score
 from attacks.steps import STEPS, l2
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
@@ -169,8 +169,7 @@ class APGD(Attack):
     def _look(self, climb: _Climb, best: _Best, objective: _Objective, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient at `x`; a success or a new best is kept."""
         result = climb.oracle.gradient(x, objective)
-        hit = fooled(objective.take(), objective.labels, self.target is not None)
-        best.offer(climb.index, x, result.value.float(), hit.cpu())
+        best.offer(climb.index, x, result.value.float(), objective.hit().cpu())
         return result.value, torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -214,28 +213,20 @@ class _State:
         self.grad = torch.where(wide, self.best_grad, self.grad)
 
 
-class _Objective:
-    """The loss of fixed images; it remembers its logits, so that knowing a success costs no pass."""
+class _Objective(Watched):
+    """The loss of fixed images; `goal` are the target classes of `dlr_targeted`."""
 
     def __init__(self, loss: LossName, targeted: bool, labels: Tensor, goal: Tensor | None) -> None:
-        self.loss, self.targeted, self.labels, self.goal = loss, targeted, labels, goal
-        self._seen: list[Tensor] = []
+        super().__init__(labels, targeted)
+        self.loss, self.goal = loss, goal
 
-    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
+    def value(self, logits: Tensor) -> Tensor:
         """Values (B,) to be increased."""
-        z = oracle.logits(images)
-        self._seen.append(z.detach())
-        if self.goal is not None:
-            top = z.topk(4, dim=1).values
-            gap = z.gather(1, self.goal[:, None])[:, 0] - z.gather(1, self.labels[:, None])[:, 0]
-            return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
-        return score(self.loss, z, self.labels, self.targeted)
-
-    def take(self) -> Tensor:
-        """Mean logits (B, K) of the draws since the last call."""
-        mean = torch.stack(self._seen).mean(0)
-        self._seen = []
-        return mean
+        if self.goal is None:
+            return score(self.loss, logits, self.labels, self.targeted)
+        top = logits.topk(4, dim=1).values
+        gap = (logits.gather(1, self.goal[:, None]) - logits.gather(1, self.labels[:, None]))[:, 0]
+        return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
     def select(self, index: Tensor) -> _Objective:
         at = index.to(self.labels.device)

@@ -117,9 +117,10 @@ class AutoAttack(Attack):
         clean = images.detach()
         labels = as_labels(targets, clean.device)
         outs = []
-        for part in torch.arange(len(clean)).split(self.group):
+        for first in range(0, len(clean), self.group):
+            part = torch.arange(first, min(first + self.group, len(clean)))
             at = part.to(clean.device)
-            outs.append(self._attack(oracle.select(part), clean[at], labels[at], rng.seeds[int(part[0])]))
+            outs.append(self._attack(oracle.select(part), clean[at], labels[at], rng.seeds[first]))
         assert self.norm is not None
         return make_projection(self.norm, clean, float(self.eps or 0))(torch.cat(outs))
 
@@ -135,7 +136,8 @@ class AutoAttack(Attack):
             out, _ = library.run_standard_evaluation(images.clone(), labels, batch_size=len(images))
             if self.failed == "best":
                 out = self._best(library, images, labels, out, seed)
-        return out.detach().to(images.dtype)
+        found: Tensor = out.detach().to(images.dtype)
+        return found
 
     def _configure(self, library: Any, num_classes: int) -> None:
         library.attacks_to_run = list(self.members)

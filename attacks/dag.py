@@ -61,4 +61,3 @@ class DAG(Iterative):
         )
         self.loss = _Swap()
         self.tasks = frozenset({"detection"})
-        self.stochastic = target == "random"

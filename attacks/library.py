@@ -115,15 +115,16 @@ class _Foolbox(_Library):
     def attack(
         self, model: nn.Module, image: Tensor, label: Tensor, num_classes: int, eps: float | None
     ) -> Tensor:
-        import foolbox
+        from foolbox import criteria
+        from foolbox.attacks.spatial_attack import SpatialAttack
+        from foolbox.models.pytorch import PyTorchModel
 
-        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=image.device)
-        criteria = foolbox.criteria
+        wrapped = PyTorchModel(model, bounds=(0, 1), device=image.device)
         goal = (
             criteria.TargetedMisclassification(label) if self.targeted else criteria.Misclassification(label)
         )
         try:
-            extra = {} if isinstance(self.instance, foolbox.attacks.SpatialAttack) else {"epsilons": eps}
+            extra = {} if isinstance(self.instance, SpatialAttack) else {"epsilons": eps}
             _, clipped, _ = self.instance(wrapped, image, goal, **extra)
         except ValueError as error:
             if "init_attack failed" not in str(error):
@@ -160,11 +161,12 @@ class _Torchattacks(_Library):
     def attack(
         self, model: nn.Module, image: Tensor, label: Tensor, num_classes: int, eps: float | None
     ) -> Tensor:
-        attack = self.cls(model, **self.params, **({} if eps is None else {"eps": eps}))
-        if "n_classes" in self.accepted and "n_classes" not in self.params:
-            attack = self.cls(
-                model, **self.params, n_classes=num_classes, **({} if eps is None else {"eps": eps})
-            )
+        params = dict(self.params)
+        if eps is not None:
+            params["eps"] = eps
+        if "n_classes" in self.accepted:
+            params.setdefault("n_classes", num_classes)
+        attack = self.cls(model, **params)
         if self.targeted:
             attack.set_mode_targeted_by_label(quiet=True)
         out: Tensor = attack(image, label)
@@ -195,9 +197,8 @@ class _ART(_Library):
     def attack(
         self, model: nn.Module, image: Tensor, label: Tensor, num_classes: int, eps: float | None
     ) -> Tensor:
-        from art.estimators.classification import PyTorchClassifier
-
-        victim = PyTorchClassifier(
+        classification = importlib.import_module("art.estimators.classification")
+        victim = classification.PyTorchClassifier(
             model=model, loss=nn.CrossEntropyLoss(), input_shape=tuple(image.shape[1:]), nb_classes=num_classes,
             clip_values=(0.0, 1.0), device_type="gpu" if image.device.type == "cuda" else "cpu",
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from attacks.objectives import _labels, _runner_up
+from attacks.scores import as_labels, margin
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
 
@@ -62,7 +62,7 @@ class _Scored:
 
     def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
         logits = oracle.logits(images)
-        beyond = _runner_up(logits, self.labels) - logits.gather(1, self.labels[:, None])[:, 0]
+        beyond = margin(logits, self.labels)
         reached = -beyond if self.targeted else beyond
         self.margins.append(reached.detach())
         self.logits.append(logits.detach())
@@ -165,10 +165,9 @@ class MinimalNorm(Attack):
             raise NotApplicable(f"attack '{self.name}' needs at least 2 classes")
         clean = images.detach()
         index = torch.arange(len(clean), device=clean.device)
-        # All queries go through views of one oracle nobody has asked yet: an image's EOT draws then depend on its own
-        # number of queries, not on who else was there.
+        # Images that still work have all asked equally often, so EOT draws do not depend on who else was there.
         with torch.no_grad():
-            return self.search(Working(oracle, index, clean, _labels(targets, clean.device)), rng)
+            return self.search(Working(oracle, index, clean, as_labels(targets, clean.device)), rng)
 
     @abstractmethod
     def search(self, start: Working, rng: ImageRNG) -> Tensor:

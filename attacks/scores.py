@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from bench.protocols import Oracle
 
 
 def as_labels(targets: Sequence[Any], device: torch.device) -> Tensor:
@@ -51,3 +54,27 @@ def score(loss: str, logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     else:
         value = margin(logits, labels) if loss == "margin" else dlr(logits, labels)
     return -value if targeted else value
+
+
+class Watched(ABC):
+    """An objective on logits that remembers them, so that knowing a success costs no pass of its own."""
+
+    def __init__(self, labels: Tensor, targeted: bool) -> None:
+        self.labels, self.targeted = labels, targeted
+        self._seen: list[Tensor] = []
+
+    @abstractmethod
+    def value(self, logits: Tensor) -> Tensor:
+        """Values (B,) to be increased, from logits (B, K)."""
+
+    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """`value` of the oracle's logits."""
+        logits = oracle.logits(images)
+        self._seen.append(logits.detach())
+        return self.value(logits)
+
+    def hit(self) -> Tensor:
+        """(B,) bool: the images of the last call fool the victim, by the mean logits of its draws."""
+        mean = torch.stack(self._seen).mean(0)
+        self._seen = []
+        return fooled(mean, self.labels, self.targeted)

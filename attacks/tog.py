@@ -43,8 +43,8 @@ class TOG(Iterative):
     them with wrong labels on the same boxes. `vanishing` descends the cross-entropy of all candidates to the
     background (loss kind `objectness`), `fabrication` that to anything but the background (`emptiness`), as the
     authors' code does for YOLO; for SSD it ascends the former, whose gradient all but vanishes on candidates that are
-    background with certainty. An image on which nothing is detected with `confidence`
-    comes back clean from `untargeted` and `mislabelling`; the other two need no detections.
+    background with certainty. An image on which nothing is detected with `confidence` comes back clean from
+    `untargeted` and `mislabelling`; the other two need no detections.
 
     Args:
         mode: which objective.

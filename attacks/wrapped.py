@@ -34,7 +34,8 @@ class OracleModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, differentiable to the pixels."""
+        """Logits, differentiable to the pixels; images in double precision are rounded to single."""
+        images = images.to(self.where.dtype)
         count = len(images)
         if count not in self._views:
             last = len(self._whole) - 1

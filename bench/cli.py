@@ -444,6 +444,9 @@ def table(
     format: Annotated[
         str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")
     ] = "markdown",
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="`paper`: beside the numbers the paper prints.")
+    ] = None,
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
@@ -455,7 +458,8 @@ def table(
 ) -> None:
     """Print a grid's tables from stored results, in another format if asked; runs nothing.
 
-    `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds.
+    `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds. `--compare paper`
+    prints measured, paper's and difference for every cell; on other data than the paper's, order and sign.
     """
     from bench.frame import cell_frame
     from bench.tables import FORMATS, render
@@ -472,13 +476,19 @@ def table(
         if not specs:
             raise GridError(f"--name: {unknown('table', name, (s.name for s in plan.grid.tables))}")
     frame = cell_frame(plan, opened)
+    if compare is not None:
+        _write_text(_compared(plan, frame, specs, compare, format), output)
+        return
     if format == "parquet":
         assert output is not None
         output.parent.mkdir(parents=True, exist_ok=True)
         frame["flags"] = frame["flags"].map(list)
         frame.to_parquet(output, index=False)
         return
-    text = "\n\n".join(render(frame, spec, format) for spec in specs) + "\n"
+    _write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
+
+
+def _write_text(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
     else:
@@ -486,11 +496,31 @@ def table(
         output.write_text(text, encoding="utf-8")
 
 
+def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
+    from bench.paper import compare, comparison_markdown
+    from bench.tables import selected
+
+    if with_what != "paper":
+        raise GridError(f"--compare: {unknown('reference', with_what, ['paper'])}")
+    if format not in ("markdown", "csv"):
+        raise GridError(f"--compare prints markdown or csv, not {format}")
+    chosen = [spec for spec in specs if spec.paper is not None]
+    if not chosen:
+        raise GridError(f"{plan.options.grid}: no table says which printed one it repeats (key `paper`)")
+    parts = []
+    for spec in chosen:
+        compared = compare(selected(frame, spec), spec.paper)
+        text = compared.to_csv(index=False) if format == "csv" else comparison_markdown(compared)
+        parts.append(text if format == "csv" else f"### {spec.title or spec.name}\n\n{text}")
+    return "\n\n".join(parts) + "\n"
+
+
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics or grids.")
+        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics, grids or checkpoints.")
     ],
+    store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """List what is registered, with parameters and defaults."""
@@ -514,8 +544,11 @@ def list_command(
                 )
         out.print(table)
         return
+    if kind == "checkpoints":
+        out.print(_checkpoints(store))
+        return
     if kind not in registries:
-        raise GridError(unknown("list", kind, [*registries, "grids"]))
+        raise GridError(unknown("list", kind, [*registries, "grids", "checkpoints"]))
     chosen = registries[kind]
     table = Table("name", "what", "parameters (defaults)", box=None, pad_edge=False)
     for name in chosen.names():
@@ -527,6 +560,23 @@ def list_command(
         summary = (cls.__doc__ or "").strip().splitlines()
         table.add_row(name, escape(summary[0] if summary else ""), escape(", ".join(parameters)))
     out.print(table)
+
+
+def _checkpoints(store: Path) -> Table:
+    """Trained defenses, shipped and in the store, with what they recorded."""
+    from bench.progress import duration
+    from bench.weights import read_meta
+    from defenses._learned import SHIPPED
+
+    table = Table("checkpoint", "kB", "training", "recorded scores", "rebuild", box=None, pad_edge=False)
+    for folder in (SHIPPED, store / CHECKPOINTS):
+        for path in sorted(folder.glob("*.safetensors")):
+            meta = read_meta(path)
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in meta.get("scores", {}).items())
+            took = duration(meta["seconds"]) if "seconds" in meta else "–"
+            size = str(path.stat().st_size // 1000)
+            table.add_row(path.stem, size, took, escape(scores), escape(str(meta.get("rebuild", "–"))))
+    return table
 
 
 def _find(

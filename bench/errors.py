@@ -68,8 +68,11 @@ class NotApplicable(Exception):
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when nothing is close."""
-    found = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
-    return found[0] if found else None
+    lowered: dict[str, str] = {}
+    for choice in choices:
+        lowered.setdefault(choice.lower(), choice)
+    found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    return lowered[found[0]] if found else None
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:

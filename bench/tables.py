@@ -218,6 +218,7 @@ class TableSpec(BaseModel):
         repeats: print the worst of the repeated evaluations of stochastic defenses, too.
         bold: mark the best defense among cells that otherwise agree; suspect and partial cells do not compete.
         transpose: swap rows and columns.
+        paper: the printed table this one repeats, and which label is which there (`bench.paper.compare`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -234,6 +235,7 @@ class TableSpec(BaseModel):
     repeats: bool = False
     bold: Literal["best", "none"] = "best"
     transpose: bool = False
+    paper: dict[str, Any] | None = None
 
     @field_validator("where")
     @classmethod
@@ -443,6 +445,15 @@ class _Order:
         by = [*headers, *(column for column in (*_HEADERS, "cell") if column not in headers)]
         ranks = pd.DataFrame({column: lines[column].map(self._rank[column]) for column in by})
         return lines.loc[ranks.sort_values(by, kind="stable").index].reset_index(drop=True)
+
+
+def selected(lines: pd.DataFrame, spec: TableSpec) -> pd.DataFrame:
+    """The lines a table is made of.
+
+    Raises:
+        GridError: see `build`.
+    """
+    return _select(_checked(lines), spec, _Order(lines, {}))[0]
 
 
 def _select(lines: pd.DataFrame, spec: TableSpec, order: _Order) -> tuple[pd.DataFrame, list[str]]:

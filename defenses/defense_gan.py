@@ -88,28 +88,25 @@ class DefenseGAN(Learned):
         latent = int(self._network().latent)
         size = (int(images.shape[-2]), int(images.shape[-1]))
         self.check_input(size)
-        x = images.detach()
-        if size != self._size:
-            x = F.interpolate(x, size=self._size, mode="bilinear", align_corners=False, antialias=True)
-        starts = rng.normal((self.R, latent), images.device).to(x.dtype) / math.sqrt(latent)
+        starts = rng.normal((self.R, latent), images.device).to(images.dtype) / math.sqrt(latent)
         # One tensor, so that an image and its restarts go through together.
-        together = torch.cat([x.flatten(1), starts.flatten(1)], 1)
-        out = micro_batches(self._search, together, self.group(images.device))
-        if size != self._size:
-            out = F.interpolate(out, size=size, mode="bilinear", align_corners=False)
-        return out
+        together = torch.cat([images.detach().flatten(1), starts.flatten(1)], 1)
+        return micro_batches(lambda group: self._search(group, size), together, self.group(images.device))
 
     @property
     def _size(self) -> tuple[int, int]:
         return self._network().size
 
-    def _search(self, together: Tensor) -> Tensor:
+    def _search(self, together: Tensor, size: tuple[int, int]) -> Tensor:
         """The nearest images, from rows of pixels and restarts: (B, 3 H W + R latent) to (B, 3, H, W), in [0,1]."""
         network = self._network()
-        pixels = 3 * math.prod(self._size)
-        wanted = (together[:, :pixels].view(-1, 3, *self._size) - self.mean) / self.std
+        pixels = 3 * math.prod(size)
+        # Copies, because matrix products sum in an order that depends on where in memory a row begins.
+        x = together[:, :pixels].clone(memory_format=torch.contiguous_format).view(-1, 3, *size)
+        z = together[:, pixels:].clone(memory_format=torch.contiguous_format)
+        wanted = (_resized(x, self._size) - self.mean) / self.std
         wanted = wanted.repeat_interleave(self.R, 0)
-        z = together[:, pixels:].reshape(len(wanted), -1)
+        z = z.view(len(wanted), -1)
         velocity = torch.zeros_like(z)
         for step in range(self.L):
             with torch.enable_grad():
@@ -121,9 +118,16 @@ class DefenseGAN(Learned):
         with torch.no_grad():
             made = network(z)
             best = _distance(made, wanted).view(-1, self.R).argmin(1)
-            return made.unflatten(0, (-1, self.R))[torch.arange(len(best)), best] * self.std + self.mean
+            chosen = made.unflatten(0, (-1, self.R))[torch.arange(len(best)), best]
+            return _resized(chosen * self.std + self.mean, size)
 
 
 def _distance(images: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared difference of each image, (B,)."""
     return (images - wanted).square().flatten(1).mean(1)
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

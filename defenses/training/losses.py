@@ -177,11 +177,15 @@ def class_inter(restored: Tensor, labels: Tensor, margin: float = 5.0, hinge: bo
 
     Equation 8 of the paper prints no cut-off (`hinge=False`), its code has it.
     """
-    own = centres(restored, labels)
-    gaps = [margin - l1(a, b) for k, a in own.items() for i, b in own.items() if k != i]
-    return _sum([gap.clamp(min=0) if hinge else gap for gap in gaps], restored)
+    own = list(centres(restored, labels).values())
+    if len(own) < 2:
+        return restored.sum() * 0
+    means = torch.stack(own)
+    gaps = margin - torch.cdist(means, means, p=1) / means.shape[1]
+    pairs = ~torch.eye(len(own), dtype=torch.bool, device=gaps.device)
+    return (gaps.clamp(min=0) if hinge else gaps)[pairs].sum()
 
 
 def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
-    # A class may be alone in a batch: then there is no pair, and the term is zero but still part of the graph.
+    # A batch may have nothing with a class: then the term is zero but still part of the graph.
     return torch.stack(terms).sum() if terms else like.sum() * 0

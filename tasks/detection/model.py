@@ -71,7 +71,7 @@ class Detector(OpenMMLabModel):
     Loss kinds (Zhang and Wang 2019): `cls` and `loc` are the sums of the detector's classification and box losses,
     those of a region proposal network included; `cls+loc` is their sum; `mask` the mask loss; `total` everything.
     Targets stay the ground truth. Region proposals are constants to the gradient, as mmdet detaches them. An image
-    without ground truth has loss 0 and gradient 0: an attack leaves it clean.
+    without ground truth has loss 0 and gradient 0: an attack that starts at the image leaves it clean.
 
     Three more read the scores of every candidate (the anchors of a dense head, the proposals of a two-stage detector on
     the image as it is). `objectness` and `emptiness` need no ground truth: mean cross-entropy of the candidates to the

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.protocols import ImageRNG
+from bench.registry import ATTACKS
+from bench.threat import ModelOracle, Victim
+
 foolbox = pytest.importorskip("foolbox")
 attacks = pytest.importorskip("foolbox.attacks")
 
@@ -71,3 +75,58 @@ def test_deepfool(setting, name, cls, overshoot, candidates):
     attack = getattr(attacks, cls)(steps=30, candidates=candidates, overshoot=overshoot)
     ours = setting.run(name, {"steps": 30, "candidates": candidates, "overshoot": overshoot})
     same(setting, ours, theirs(setting, attack))
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """The mini WideResNet with forty test images, seen by both libraries."""
+    from bench.registry import DATASETS, MODELS
+
+    target = MODELS.create("mini_wrn").load(torch.device("cpu"))
+    dataset = DATASETS.create("mini_digits")
+    samples = [dataset[i] for i in range(40)]
+
+    class Mini:
+        images = torch.stack([s.image for s in samples])
+        labels = torch.tensor([s.target for s in samples])
+
+        class net(torch.nn.Module):
+            def forward(self, images):
+                return target.logits(images)
+
+        @staticmethod
+        def run(name, params):
+            attack = ATTACKS.create(name, params)
+            rng = ImageRNG.for_images("mini", map(str, range(40)))
+            oracle = ModelOracle(Victim((target,)), attack, rng)
+            return attack.run(oracle, Mini.images, Mini.labels.tolist(), rng.fork("attack"))
+
+    Mini.net = Mini.net().eval()
+    return Mini
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "cls", "flags"),
+    [
+        ("ddn", {"steps": 30, "levels": None}, "DDNAttack", {"steps": 30}),
+        ("deepfool", {}, "L2DeepFoolAttack", {}),
+        ("deepfool_linf", {}, "LinfDeepFoolAttack", {}),
+        (
+            "cw_l2",
+            {"steps": 30, "binary_search_steps": 2, "initial_c": 0.2},
+            "L2CarliniWagnerAttack",
+            {"steps": 30, "binary_search_steps": 2, "initial_const": 0.2},
+        ),
+    ],
+)
+def test_on_a_trained_network(mini, name, params, cls, flags):
+    """Success and median distance; rounding sends a few images to other, equally near places."""
+    ours, other = mini.run(name, params), theirs(mini, getattr(attacks, cls)(**flags))
+    order = float("inf") if name == "deepfool_linf" else 2
+    median, success = [], []
+    for images in (ours, other):
+        fooled = mini.net(images).argmax(1) != mini.labels
+        success.append(int(fooled.sum()))
+        median.append((images - mini.images).flatten(1)[fooled].norm(order, dim=1).median())
+    assert success[0] >= success[1] and success[0] >= 39
+    assert median[0] <= 1.01 * median[1]

@@ -77,8 +77,9 @@ def test_shape_range_dtype_and_the_same_for_the_same_seed(defense, size, photos,
     assert torch.equal(purify(defense, images, streams(2, "other")), out) != defense.stochastic
 
 
-def test_company_does_not_matter(defense, photos, streams):
-    images = photos(4, 24, 24)
+@pytest.mark.parametrize("size", [(24, 24), (15, 21)])
+def test_company_does_not_matter(defense, size, photos, streams):
+    images = photos(4, *size)
     whole = purify(defense, images, streams(4))
     for part in ([0], [1, 2], [3, 0]):
         assert torch.equal(purify(defense, images[part], streams(4).select(part)), whole[part])

@@ -317,7 +317,9 @@ def test_a_target_without_a_final_linear_layer_is_refused(samples):
 def test_labels_missing_for_a_recipe_that_needs_them(samples, target):
     boxes = [Sample(s.image, {"boxes": []}, s.id) for s in samples]
     t = Trainer(small("alignment"), boxes, Poison(-1), target, key="k")
-    with pytest.raises(WeightsError, match="needs a class label per image, per pixel or per box; targets are dict"):
+    with pytest.raises(
+        WeightsError, match="needs a class label per image, per pixel or per box; targets are dict"
+    ):
         t.run()
 
 

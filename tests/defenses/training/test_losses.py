@@ -76,7 +76,9 @@ def test_caf_equation_6():
     # 2 to 32 columns, bilinear: the left map falls from 1 to 0, the right one rises; their difference is 1 - 2t.
     t = ((torch.arange(32) + 0.5) / 16 - 0.5).clamp(0, 1)
     expected = float((1 - 2 * t).square().mean())
-    assert value(losses.caf_eq6(left, left.flip(3), rows(1), rows(1), "code")) == pytest.approx(expected, rel=1e-5)
+    assert value(losses.caf_eq6(left, left.flip(3), rows(1), rows(1), "code")) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_caf_equation_7():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -21,6 +21,7 @@ from defenses.training.guide import Guide, label_planes
 from defenses.training.loop import Trainer
 from defenses.training.objectives import Step, objective
 from defenses.training.recipe import recipe
+from tasks.classification.model import LogitsClassifier
 from tasks.detection.objects import Objects
 from tasks.vgg import VGGFeatures
 
@@ -383,3 +384,18 @@ def test_classes_of_pixels_need_maps(segmenter):
     step = hand_step(*segmenter)
     with pytest.raises(WeightsError, match="classes of pixels need a layer of maps; 'backbone' returns"):
         objective("alignment", {"image": False, "layer": "backbone"}).generator(step)
+
+
+def test_classes_of_images_by_their_pooled_maps():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+    )
+    guide = Guide(LogitsClassifier(network, 4))
+    images = torch.rand(3, 3, 8, 8)
+    maps, vectors, labels = guide.aligned(images, [2, 0, 7], guide.layer("maps", images))
+    assert torch.allclose(maps, network[:2](images), atol=1e-6)
+    assert torch.allclose(network[4](vectors), network(images), atol=1e-5)
+    assert labels.tolist() == [2, 0, -1]
+    logits, vectors, _ = guide.aligned(images, [2, 0, 1], None)
+    assert torch.equal(logits, vectors) and logits.shape == (3, 4)

@@ -1,0 +1,332 @@
+"""Seconds and passes of our attacks beside those of other libraries and the bare passes, on the mini WideResNet.
+
+    OMP_NUM_THREADS=1 python benchmarks/attack_speed.py [--images 64] [--repeats 5] [--only ddn ...]
+
+Everything runs on one thread and calls the same network through the same adapter. Seconds are processor time, which
+other processes do not lengthen by waiting for the core. Contestants take turns, in an order that rotates from repeat to
+repeat, and ratios are medians over repeats of two runs of the same repeat: what else the machine does then hits both.
+
+`floor` is what the passes that our attack made would cost without an attack around them: as many forward and backward
+passes of the whole batch. Passes are counted at the network, per image. Beside every time stands what it bought: the
+share of images misclassified, and the median length of the perturbation of those (L2, or L-infinity for attacks in
+that norm).
+
+Libraries other than foolbox take part where they can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.protocols import ImageRNG, TargetModel
+from bench.registry import ATTACKS, DATASETS, MODELS
+from bench.threat import ModelOracle, Victim
+
+Run = Callable[[Tensor, Tensor], Tensor]
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+class Network(nn.Module):
+    """The target's logits as libraries want them."""
+
+    def __init__(self, target: TargetModel) -> None:
+        super().__init__()
+        self.target = target
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.target.logits(images)
+
+
+class Counter:
+    """Counts images that pass the network, forward and backward."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.forwards = self.backwards = 0
+        network.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, grad: Tensor) -> None:
+        self.backwards += len(grad)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attacks of equal steps: ours by name and parameters, and those of each library by class and arguments."""
+
+    label: str
+    ours: tuple[str, dict[str, Any]]
+    others: dict[str, tuple[str, dict[str, Any]]]
+    eps: float | None = None
+    norm: float = 2.0
+    images: int | None = None
+
+
+def cases() -> list[Case]:
+    """What is compared."""
+    ddn = {"foolbox": ("DDNAttack", {"steps": 100})}
+    return [
+        Case(
+            "fgsm",
+            ("fgsm", {}),
+            {
+                "foolbox": ("LinfFastGradientAttack", {}),
+                "torchattacks": ("FGSM", {"eps": EPS}),
+                "art": ("FastGradientMethod", {"eps": EPS}),
+            },
+            EPS,
+            float("inf"),
+        ),
+        Case(
+            "pgd, 20 steps",
+            ("pgd", {"steps": 20}),
+            {
+                "foolbox": ("LinfProjectedGradientDescentAttack", {"abs_stepsize": ALPHA, "steps": 20}),
+                "torchattacks": ("PGD", {"eps": EPS, "alpha": ALPHA, "steps": 20}),
+                "art": ("ProjectedGradientDescent", {"eps": EPS, "eps_step": ALPHA, "max_iter": 20}),
+            },
+            EPS,
+            float("inf"),
+        ),
+        Case(
+            "mi_fgsm, 10 steps",
+            ("mi_fgsm", {"eps": "8/255"}),
+            {
+                "foolbox": (
+                    "LinfMomentumIterativeFastGradientMethod",
+                    {"abs_stepsize": EPS / 10, "steps": 10, "random_start": False},
+                ),
+                "torchattacks": ("MIFGSM", {"eps": EPS, "alpha": EPS / 10, "steps": 10}),
+            },
+            EPS,
+            float("inf"),
+        ),
+        Case("ddn, 100 steps", ("ddn", {"levels": None}), ddn),
+        Case(
+            "ddn, 44 steps + refine 5, against 100", ("ddn", {"steps": 44, "refine": 5, "levels": None}), ddn
+        ),
+        Case(
+            "deepfool",
+            ("deepfool", {}),
+            {
+                "foolbox": ("L2DeepFoolAttack", {}),
+                "torchattacks": ("DeepFool", {}),
+                "art": ("DeepFool", {"max_iter": 50, "nb_grads": 10}),
+            },
+        ),
+        Case(
+            "deepfool_linf",
+            ("deepfool_linf", {}),
+            {"foolbox": ("LinfDeepFoolAttack", {})},
+            None,
+            float("inf"),
+        ),
+        Case(
+            "cw_l2, 9 x 100 steps",
+            ("cw_l2", {"steps": 100}),
+            {
+                "foolbox": ("L2CarliniWagnerAttack", {"steps": 100}),
+                "art": ("CarliniL2Method", {"max_iter": 100, "binary_search_steps": 9}),
+            },
+            images=32,
+        ),
+    ]
+
+
+# -- contestants ----------------------------------------------------------------------------------------------------
+def ours(target: TargetModel, name: str, params: dict[str, Any]) -> Run:
+    """An attack of this project behind its oracle."""
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        attack = ATTACKS.create(name, params)
+        rng = ImageRNG.for_images("speed", map(str, range(len(images))))
+        oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
+        return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
+
+    return run
+
+
+def foolbox(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
+    """An attack of foolbox."""
+    import foolbox as fb
+
+    model = fb.PyTorchModel(network, bounds=(0, 1), device="cpu")
+    attack = getattr(fb.attacks, name)(**arguments)
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        raw, clipped, _ = attack(model, images, fb.criteria.Misclassification(labels), epsilons=eps)
+        return raw if eps is None else clipped
+
+    return run
+
+
+def torchattacks(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
+    """An attack of torchattacks."""
+    import torchattacks as ta
+
+    return getattr(ta, name)(network, **arguments)  # type: ignore[no-any-return]
+
+
+def art(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
+    """An attack of the Adversarial Robustness Toolbox."""
+    from art.attacks import evasion
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        network, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0, 1), device_type="cpu"
+    )
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        attack = getattr(evasion, name)(classifier, batch_size=len(images), verbose=False, **arguments)
+        return torch.from_numpy(attack.generate(images.numpy(), nn.functional.one_hot(labels, 10).numpy()))
+
+    return run
+
+
+LIBRARIES = {"foolbox": foolbox, "torchattacks": torchattacks, "art": art}
+
+
+def bare(network: nn.Module, images: Tensor, forwards: int, backwards: int) -> None:
+    """So many forward passes of the batch, with the backward passes spread evenly over them."""
+    done = 0
+    for i in range(forwards):
+        x = images.clone().requires_grad_(True)
+        total = network(x).sum()
+        until = round(backwards * (i + 1) / forwards)
+        for k in range(done, until):
+            torch.autograd.grad(total, x, retain_graph=k + 1 < until)
+        done = until
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+@dataclass
+class Times:
+    """What was seen of one contestant."""
+
+    seconds: list[float] = field(default_factory=list)
+    forwards: float = 0.0
+    backwards: float = 0.0
+    success: float = 0.0
+    distance: float = float("nan")
+
+
+def measure(
+    case: Case, target: TargetModel, counter: Counter, images: Tensor, labels: Tensor, repeats: int
+) -> dict:
+    """`Times` of each contestant of a case by name, `floor` among them."""
+    network = Network(target)
+    runs: dict[str, Run] = {"ours": ours(target, *case.ours)}
+    for library, (name, arguments) in case.others.items():
+        if importlib.util.find_spec(library) is not None:
+            runs[library] = LIBRARIES[library](network, name, arguments, case.eps)
+    seen = {name: Times() for name in [*runs, "floor"]}
+    passes = [0, 0]
+
+    def once(name: str) -> None:
+        counter.forwards = counter.backwards = 0
+        begun = time.process_time()
+        if name == "floor":
+            bare(network, images, *passes)
+        else:
+            out = runs[name](images, labels)
+        seen[name].seconds.append(time.process_time() - begun)
+        seen[name].forwards = counter.forwards / len(images)
+        seen[name].backwards = counter.backwards / len(images)
+        if name == "ours":
+            passes[:] = [max(1, round(seen[name].forwards)), round(seen[name].backwards)]
+        if name != "floor" and len(seen[name].seconds) == 1:
+            with torch.no_grad():
+                wrong = network(out).argmax(1) != labels
+            delta = (out - images).flatten(1)[wrong].norm(case.norm, dim=1)
+            seen[name].success = float(wrong.float().mean())
+            seen[name].distance = float(delta.median()) if len(delta) else float("nan")
+
+    # Not counted: what is loaded or chosen at the first call; it also tells the floor its passes.
+    warm = slice(0, min(8, len(images)))
+    for run in runs.values():
+        if case.images is None:
+            run(images[warm], labels[warm])
+    once("ours")
+    seen["ours"].seconds.clear()
+    order = list(seen)
+    for repeat in range(repeats):
+        shift = repeat % len(order)
+        for name in order[shift:] + order[:shift]:
+            once(name)
+    return seen
+
+
+def ratio(ours: Times, other: Times) -> float:
+    """Median over repeats of our time over the other's."""
+    return statistics.median(a / b for a, b in zip(ours.seconds, other.seconds, strict=True))
+
+
+def report(console: Console, results: Sequence[tuple[Case, int, dict[str, Times]]]) -> None:
+    """The table."""
+    table = Table(title="attack speed: mini_wrn, mini_digits, one thread")
+    columns = ("attack", "by", "images", "seconds", "ours / it", "forwards", "backwards", "fooled", "length")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("attack", "by") else "right")
+    for case, count, seen in results:
+        for name, times in seen.items():
+            bought = ("", "") if name == "floor" else (f"{times.success:.1%}", f"{times.distance:.4f}")
+            table.add_row(
+                case.label if name == "ours" else "",
+                name,
+                str(count),
+                f"{statistics.median(times.seconds):.3f}",
+                "" if name == "ours" else f"{ratio(seen['ours'], times):.2f}",
+                f"{times.forwards:.1f}",
+                f"{times.backwards:.1f}",
+                *bought,
+            )
+        table.add_section()
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--images", type=int, default=64, help="images in the batch (at most 32 for cw_l2)")
+    parser.add_argument("--repeats", type=int, default=5, help="times that every contestant runs")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose label begins with one of these")
+    options = parser.parse_args(arguments)
+    if options.images < 1 or options.repeats < 1:
+        parser.error("--images and --repeats: expected 1 or more")
+    chosen = [c for c in cases() if not options.only or c.label.startswith(tuple(options.only))]
+    if not chosen:
+        parser.error(f"--only: no such case; there are {', '.join(c.label for c in cases())}")
+    torch.set_num_threads(1)
+    target = MODELS.create("mini_wrn").load(torch.device("cpu"))
+    dataset = DATASETS.create("mini_digits", {"count": options.images})
+    samples = [dataset[i] for i in range(options.images)]
+    images = torch.stack([s.image for s in samples])
+    labels = torch.tensor([s.target for s in samples])
+    counter = Counter(target.network)
+    results = []
+    console = Console(width=130)
+    for case in chosen:
+        count = min(case.images or options.images, options.images)
+        console.print(f"{case.label} ...", style="dim")
+        seen = measure(case, target, counter, images[:count], labels[:count], options.repeats)
+        results.append((case, count, seen))
+    report(console, results)
+
+
+if __name__ == "__main__":
+    main()

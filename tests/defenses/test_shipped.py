@@ -1,0 +1,55 @@
+"""The shipped checkpoints are what today's recipes, data and targets would make, fit their defenses and stay small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.errors import MissingCheckpoint
+from bench.grid import GRIDS
+from bench.plan import Options, make_plan
+from bench.registry import DEFENSES
+from bench.rng import ImageRNG
+from bench.weights import read_meta
+from defenses._learned import SHIPPED
+from defenses.training.session import plan_training
+
+FILES = sorted(SHIPPED.glob("*.safetensors"))
+MEGABYTES = 25
+
+
+def test_there_are_some_and_they_are_small() -> None:
+    assert FILES
+    assert sum(path.stat().st_size for path in FILES) <= MEGABYTES * 1_000_000
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_is_what_its_recipe_makes(path: Path) -> None:
+    meta = read_meta(path)
+    training = plan_training(meta["profile"], meta["role"], meta["recipe"], meta["seed"])
+    assert path.stem == training.name and meta["rebuild"] == training.command
+    assert meta["key"] == training.key, (
+        f"{path.name} is stale: {training.command} --out {SHIPPED} --overwrite"
+    )
+    defense = DEFENSES.create(training.recipe.defense, {"weights": str(path)}).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = defense.purify(images, ImageRNG([0, 1]) if defense.stochastic else None).images
+    assert out.shape == images.shape and not torch.equal(out, images)
+    # Recorded on images it was not trained on; an attack that does no harm would make every score look good.
+    scores = meta["scores"]
+    metric = next(
+        name.removesuffix("_attacked_defended") for name in scores if name.endswith("_attacked_defended")
+    )
+    assert scores[f"{metric}_attacked"] < 0.5 * scores[f"{metric}_clean"]
+    assert meta["seconds"] > 0 and meta["losses"]
+
+
+@pytest.mark.parametrize("grid", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_find_everything(grid: Path) -> None:
+    try:
+        make_plan(Options(grid))
+    except MissingCheckpoint as error:
+        pytest.fail(f"{grid.name} lacks {', '.join(t.name for t in error.trainings)}")
