@@ -94,7 +94,9 @@ def report_command(
         _save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
         _save(target / PLOTS / f"{plot.name}.png", plot.png)
     _save(target / PAGE, page.encode())
-    typer.echo(f"wrote {target / PAGE} ({len(page.encode()) / 1e6:.1f} MB) and {len(plots)} plots", err=True)
+    typer.echo(
+        f"wrote {target / PAGE} ({len(page.encode()) / 1000:,.0f} kB) and {len(plots)} plots", err=True
+    )
 
 
 def read_results(folder: Path) -> pd.DataFrame:

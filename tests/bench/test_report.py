@@ -20,7 +20,7 @@ from bench.checks import FLAGS
 from bench.cli import main
 from bench.report.page import MEANINGS
 from bench.report.plots import main_lines, make_plots
-from bench.tables import LEVELS, long_csv
+from bench.tables import LEVELS
 from tests.bench.browser import MISSING, Browser
 from tests.bench.test_run import GRID
 
@@ -401,8 +401,3 @@ def test_light_dark_and_print(page: Browser) -> None:
             assert 0 < width <= 700 and height > 0
     finally:
         page.cdp("Emulation.setEmulatedMedia", media="", features=[])
-
-
-def test_the_frame_survives_its_file(folder: Path) -> None:
-    lines = read(folder)
-    assert long_csv(lines) == long_csv(read(folder)) and len(lines) == len(made())
