@@ -31,6 +31,7 @@ from rich.table import Table
 from bench.claims import claims_command
 from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
 from bench.paper import paper_app
+from bench.report import report_command
 
 if TYPE_CHECKING:
     from bench.plan import Cell, Options, Plan
@@ -47,6 +48,7 @@ zoo_app = typer.Typer(
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(paper_app, name="paper")
 app.command("claims")(claims_command)
+app.command("report")(report_command)
 # Into a file or pipe, tables are as wide as their content.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
