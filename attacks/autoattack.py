@@ -62,6 +62,8 @@ class AutoAttack(Attack):
 
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "logits"})
+    monotone = False
+    returns_clean = True
     stochastic = True
 
     def __init__(

@@ -626,7 +626,7 @@ def show(
     for flag in sorted({f for flags in lines["flags"] for f in flags}):
         from bench.checks import FLAGS
 
-        out.print(f"suspect: {flag}: {FLAGS.get(flag, '')}")
+        out.print(f"suspect: {flag}: {FLAGS[flag].text if flag in FLAGS else ''}")
     out.print_json(json.dumps(found.payload))
     rows = cell_record(opened, found).read_rows()
     for environment in sorted({str(row["environment"]) for row in rows}):
