@@ -438,7 +438,7 @@ def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding
 def _empty(row: Mapping[str, Any]) -> bool:
     """Nothing in the image can be attacked: no object, no labelled pixel."""
     first = row["stats"][0]
-    return first.get("pixels") == 0 or first.get("objects") == 0
+    return 0 in (first.get("pixels"), first.get("objects"))
 
 
 def craft_findings(
@@ -508,7 +508,7 @@ def _climb(share: Callable[..., float]) -> list[Finding]:
         steps, tail = info["steps"], info.get("tail_gain")
         if steps < 2 or tail is None or not gain(info) > 1e-6:
             return False
-        fair = max(1, (steps - 1) // 10) / (steps - 1)
+        fair = -(-(steps - 1) // 10) / (steps - 1)
         return bool(tail / gain(info) >= max(0.1, fair) - 1e-6)
 
     def lost(info: Mapping[str, Any]) -> bool:

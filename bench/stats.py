@@ -171,7 +171,7 @@ def paired_scores(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -
     half = float(scipy_stats.t.ppf(0.5 + level / 2, n - 1) * delta.std(ddof=1) / math.sqrt(n))
     low, high = value - half, value + half
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
-        if mcnemar(first, second) >= 1 - level:
+        if mcnemar(first.tolist(), second.tolist()) >= 1 - level:
             low, high = min(low, 0.0), max(high, 0.0)
     elif np.count_nonzero(delta) < 3:
         low, high = min(low, 0.0), max(high, 0.0)

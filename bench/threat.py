@@ -68,7 +68,7 @@ class Trace:
     def record(self) -> dict[str, Any]:
         """What is stored: the counts, `sparse` (mean share of zero entries) and `tail_gain` (the last tenth's gain)."""
         values = self.values
-        tail = max(1, (len(values) - 1) // 10)
+        tail = -(-(len(values) - 1) // 10)
         return {
             "forwards": self.forwards, "backwards": self.backwards, "steps": self.steps, "zero": self.zero,
             "nonfinite": self.nonfinite, "first_zero": self.first_zero, "last_zero": self.last_zero,
