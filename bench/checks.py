@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import CheckError, DataError
-from bench.protocols import Attack, Batch, Defense, ImageRNG, TargetModel
+from bench.protocols import Attack, Batch, Defense, ImageRNG, ModelSource, TargetModel
 from bench.stats import Difference, paired_scores
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _MASKED = "level bpda, with a `surrogate` in the defense; then the attack `squar
 FLAGS: dict[str, Flag] = {
     "zero-gradient": Flag(
         "V3", "flag", "more than half of the images had an exactly zero gradient at the first or last step: masked",
-        _MASKED,
+        f"{_MASKED}; where logits are saturated, loss: dlr or margin",
     ),
     "some-zero-gradient": Flag(
         "V3", "flag", "more than 1 % of the images had an exactly zero gradient at the first or last step", _MASKED
@@ -394,7 +394,8 @@ def _colours(loss: Callable[[Tensor, Batch], Tensor], batch: Batch, most: int = 
     better = int((swapped < own).sum())
     # One-sided sign test.
     chance = sum(math.comb(len(chosen), k) for k in range(better, len(chosen) + 1)) / 2 ** len(chosen)
-    clear = float(own.mean()) > 1.05 * float(swapped.mean())
+    # Models that hardly look at colours win and lose small sums either way.
+    clear = float(own.mean()) > 1.5 * float(swapped.mean())
     if chance < 0.01 and clear:
         losses = f"mean loss {float(own.mean()):.3g}, swapped {float(swapped.mean()):.3g}"
         detail = f"{better} of {len(chosen)} images; {losses}"
@@ -542,7 +543,7 @@ def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list
     """
     if not undefended(cell) or not metrics:
         return []
-    known = recorded(cell)
+    known = recorded(cell.target.model)
     line = metrics[0]
     value, low, high = (float(line[k]) for k in ("value", "low", "high"))
     if cell.attack is None:
@@ -570,14 +571,14 @@ def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list
     ]
 
 
-def recorded(cell: Cell) -> dict[str, float]:
-    """Scores recorded with the weights of a cell's model: its own, else the shipped manifest's."""
-    own = cell.target.model.recorded()
+def recorded(model: ModelSource) -> dict[str, float]:
+    """Scores recorded with the weights of a model: its own, else the shipped manifest's."""
+    own = model.recorded()
     if own:
         return own
     from tasks.mini import manifest
 
-    scores = manifest.entries().get(cell.target.model.name, {}).get("scores", {})
+    scores = manifest.entries().get(model.name, {}).get("scores", {})
     out = {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
     if "box_map50" in out:
         out["clean"] = out["box_map50"]

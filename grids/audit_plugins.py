@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bench.checks import recorded
 from bench.protocols import (
     Attack,
+    Dataset,
     Defense,
     Geometry,
     ImageRNG,
@@ -23,7 +26,7 @@ from bench.protocols import (
     Sample,
     TargetModel,
 )
-from bench.registry import ATTACKS, DEFENSES, MODELS
+from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 
 
 class _SignSteps(Attack):
@@ -158,6 +161,10 @@ class PlantedModel(ModelSource):
         self.fault = fault
         self.base: ModelSource = MODELS.create(base)
 
+    def recorded(self) -> dict[str, float]:
+        """What is known of the base."""
+        return recorded(self.base)
+
     def identity(self) -> dict[str, Any]:
         """The fault and what it was planted in."""
         return {"name": "planted_model", "fault": self.fault, "base": self.base.identity()}
@@ -169,3 +176,82 @@ class PlantedModel(ModelSource):
     def input_spec(self) -> dict[str, Any]:
         """That of the base."""
         return self.base.input_spec()
+
+
+@DATASETS.register_module(name="colours")
+class Colours(Dataset):
+    """Noisy patches of ten hues, the class: what a model that sees colours cannot mistake.
+
+    The mini classifiers hardly look at colours (their digits are grey): a swap of red and blue does not show on them.
+    """
+
+    task = "classification"
+    classes: ClassVar[Sequence[str]] = tuple(f"hue {36 * k}" for k in range(10))
+
+    def __init__(self, size: int = 40) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fingerprint(self) -> str:
+        """Of the rule that makes the images."""
+        return "colours-1"
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = torch.Generator().manual_seed(index)
+        colour = torch.tensor(hues()[index % 10]).view(3, 1, 1)
+        image = colour + 0.1 * torch.randn(3, 16, 16, generator=generator)
+        return Sample(image.clamp(0, 1), index % 10, str(index))
+
+
+def hues() -> list[tuple[float, float, float]]:
+    """Ten colours around the wheel."""
+    return [colorsys.hsv_to_rgb(k / 10, 0.7, 0.8) for k in range(10)]
+
+
+class _NearestHue(TargetModel):
+    task = "classification"
+    losses: ClassVar[tuple[str, ...]] = ("ce",)
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("hues", torch.tensor(hues()))
+
+    def logits(self, images: Tensor, *, geometry: Geometry | None = None) -> Tensor:
+        means = images.flatten(2).mean(2)
+        out: Tensor = -20 * (means[:, None] - self.hues).square().sum(2)
+        return out
+
+    def loss(
+        self, images: Tensor, targets: Sequence[Any], kind: str, *,
+        geometry: Geometry | None = None, rng: ImageRNG | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self.loss_from_logits(self.logits(images), targets, kind)
+
+    def loss_from_logits(self, logits: Tensor, targets: Sequence[Any], kind: str) -> Tensor:
+        labels = torch.as_tensor(list(targets), device=logits.device)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Any]:
+        return [int(label) for label in self.logits(images).argmax(1)]
+
+
+@MODELS.register_module(name="nearest_hue")
+class NearestHue(ModelSource):
+    """The hue nearest to an image's mean colour."""
+
+    task = "classification"
+
+    def identity(self) -> dict[str, Any]:
+        """It has no weights."""
+        return {"name": "nearest_hue", "version": 1}
+
+    def load(self, device: torch.device) -> TargetModel:
+        """The model."""
+        return _NearestHue().to(device).eval()
+
+    def recorded(self) -> dict[str, float]:
+        """Its rule is exact."""
+        return {"clean": 1.0}
