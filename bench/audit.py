@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.checks import FLAGS, Finding, by_gradient, reference_findings, sees, undefended
+from bench.checks import FLAGS, Finding, by_gradient, direct, reference_findings, sees, undefended
 from bench.errors import BenchError, GridError, NotApplicable, unknown
 from bench.frame import findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
-from bench.keys import content_key
+from bench.keys import canonical, content_key
 from bench.plan import Cell, Craft, Plan
 from bench.protocols import Attack, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS, DEFENSES
@@ -103,7 +103,7 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
     }
     for cell in cells.values():
         assert cell.attack is not None
-        if not by_gradient(cell.attack) or cell.image_format != "float":
+        if not direct(cell.attack) or cell.image_format != "float":
             continue
         target = replace(cell.target, ids=cell.target.ids[: images or IMAGES.get(cell.target.task, 20)])
         parent = replace(cell, target=target)
@@ -468,9 +468,13 @@ def audit(plan: Plan, store: Store, images: int = 0) -> Audit:
     idle = (
         [] if any(by_gradient(c.attack) for c in cells.values()) else ["V3, V18: no attack follows gradients"]
     )
+    shares: dict[str, float | None] = {}
     for cell in cells.values():
         if cell.key in judged and cell.attack is not None and by_gradient(cell.attack):
-            share = unit_test(cell.attack)
+            name = canonical(cell.attack.identity())
+            if name not in shares:
+                shares[name] = unit_test(cell.attack)
+            share = shares[name]
             if share is not None and share < 1:
                 judged[cell.key].append(
                     Finding("fails-unit-test", f"{100 * share:.0f} % of the images fooled")

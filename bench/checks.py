@@ -421,6 +421,11 @@ def by_gradient(attack: Attack | None) -> bool:
     return attack is not None and "gradient" in attack.needs and attack.name != "noise"
 
 
+def direct(attack: Attack | None) -> bool:
+    """It increases a loss of the victim itself: attacks on features and universal ones need not beat simpler ones."""
+    return attack is not None and by_gradient(attack) and "features" not in attack.needs
+
+
 def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Checks V3, V13, V14, V15 over a cell's rows (`stats` decoded) with their `craft_` columns."""
     if cell.attack is None or not rows or "craft_steps" not in rows[0]:
@@ -430,7 +435,9 @@ def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding
         cell.attack, infos, [float(row["score"]) for row in rows] if sees(cell) else None,
         [_empty(row) for row in rows],
     )  # fmt: skip
-    knows = cell.level in ("bpda", "white_box") and by_gradient(cell.attack)
+    # An attack may average over draws of its own.
+    alone = cell.attack.params.get("draws", 1) == 1 and by_gradient(cell.attack)
+    knows = cell.level in ("bpda", "white_box") and alone
     if knows and cell.defense.stochastic and cell.craft is not None and cell.craft.eot == 1:
         found.append(Finding("no-eot", "eot 1"))
     return found
@@ -651,7 +658,7 @@ def _against_noise(cell: Cell, others: Sequence[Cell], scores: Mapping[str, Scor
         return
     own, random = _common(scores[cell.key], scores[noise[0].key])
     gap = paired_scores(own, random)
-    equal = sees(cell) and len(own) >= 10 and own.mean() > 0.1 and gap.value >= 0
+    equal = sees(cell) and direct(attack) and len(own) >= 10 and own.mean() > 0.1 and gap.value >= 0
     if gap.low > 0 or equal:
         add(cell, "below-noise", f"leaves a score of {own.mean():.3f}, noise {random.mean():.3f}")
 
@@ -659,7 +666,13 @@ def _against_noise(cell: Cell, others: Sequence[Cell], scores: Mapping[str, Scor
 def _against_single_step(cell: Cell, others: Sequence[Cell], scores: Mapping[str, Scores], add: Add) -> None:
     """V9, where the attack sees what it is judged on; elsewhere single steps often transfer better."""
     attack = cell.attack
-    if not sees(cell) or attack is None or getattr(attack, "steps", 1) < 2 or attack.eps is None:
+    if (
+        not sees(cell)
+        or attack is None
+        or not direct(attack)
+        or getattr(attack, "steps", 1) < 2
+        or attack.eps is None
+    ):
         return
     for other in others:
         single = other.attack
