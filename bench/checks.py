@@ -319,9 +319,9 @@ def model_findings(model: TargetModel, name: str, batch: Batch, rng: ImageRNG) -
             raise CheckError(
                 f"loss '{kind}' of {name} differs between two calls with the same images and draws"
             )
-        _check_gradient(
-            lambda images: loss(images, few, streams), few.images, grad.detach(), name, model.task
-        )
+        # A loss over a random sample of proposals jumps when they move: finite differences mean nothing there.
+        if torch.equal(loss(few.images, few, streams.fork("other")), again):
+            _check_gradient(lambda images: loss(images, few, streams), few.images, grad.detach(), name)
         if model.task == "segmentation":
             _check_ignored(model, name, kind)
         return _colours(lambda images, of: loss(images, of, rng.select(range(len(of)))), batch)
@@ -342,25 +342,22 @@ def _check_boxes(batch: Batch) -> None:
             )
 
 
-def _check_gradient(
-    loss: Callable[[Tensor], Tensor], images: Tensor, grad: Tensor, name: str, task: str
-) -> None:
-    """V19: central differences along each image's own gradient."""
+def _check_gradient(loss: Callable[[Tensor], Tensor], images: Tensor, grad: Tensor, name: str) -> None:
+    """V19: central differences along each image's own gradient, which they must confirm within 5 %."""
     length = grad.flatten(1).norm(dim=1)
-    usable = length > 1e-4
+    usable = length > 1e-3
     if not usable.any():
         return
     unit = grad / length.clamp(min=1e-12).view(-1, 1, 1, 1)
-    allowed = 0.3 if task == "detection" else 0.05
     error = math.inf
     for h in (1e-2, 1e-3, 1e-1):
         slope = (loss(images + h * unit) - loss(images - h * unit)) / (2 * h)
         error = min(error, float(((slope - length).abs() / length)[usable].median()))
-        if error <= allowed:
+        if error <= 0.05:
             return
     raise CheckError(
-        f"gradient of {name} is off by {100 * error:.0f} % from finite differences along itself (at most "
-        f"{100 * allowed:.0f} % expected)"
+        f"gradient of {name} is off by {100 * error:.0f} % from finite differences along itself "
+        "(at most 5 % expected)"
     )
 
 

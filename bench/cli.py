@@ -213,13 +213,18 @@ def _run_extras(
     plan: Plan, opened: Store, store: Path, devices: tuple[str, ...], workers: int, images: int, quiet: bool
 ) -> None:
     """Run the extra cells of the costly checks."""
-    from bench.audit import extended
+    from bench.audit import extended, extras
     from bench.progress import Display
-    from bench.runner import pending, run_plan
+    from bench.runner import cell_record, pending, run_plan
 
     whole = extended(plan, images)
     known = {cell.key for cell in plan.cells} | set(plan.crafts())
-    jobs = [job for job in pending(whole, opened)[0] if job.key not in known]
+    # What a hard check stopped has nothing to be compared with.
+    wanted: set[str] = set()
+    for extra in extras(plan, images):
+        if not cell_record(opened, extra.parent).missing(extra.parent.target.ids):
+            wanted |= {extra.cell.key} | ({extra.cell.craft.key} if extra.cell.craft is not None else set())
+    jobs = [job for job in pending(whole, opened)[0] if job.key in wanted - known]
     labels = {c.key: c.label for c in whole.cells}
     with Display(err, jobs, labels, whole, quiet, store / "failures.log") as display:
         display.say(f"audit: {len(jobs)} extra crafts and cells to run")
