@@ -293,7 +293,8 @@ def run_craft(
         prepare = load_model(craft.target, device)
         defense = None if craft.defense is None else craft.defense.to(device)
         victim = Victim(models, defense, craft.mode, craft.eot)  # type: ignore[arg-type]
-        victim.check()
+        if "gradient" in craft.attack.needs:
+            victim.check()
         frozen = [*zip(craft.sources, models, strict=True), (craft.target, prepare)]
         intact = None if defense is None else digest(defense)
         blamed = f"attack '{craft.attack.name}'"
