@@ -88,7 +88,7 @@ class _DeepFool(MinimalNorm):
             self.norm = norm
 
     def passes(self) -> int:
-        """At most, with all ten candidates: one pass to look, and one for each of the other candidates."""
+        """At most; images leave once they are misclassified, most after a few steps."""
         return self.steps * ((self.candidates or CANDIDATES) - 1) + 1
 
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:

@@ -161,11 +161,12 @@ class _Torchattacks(_Library):
     def attack(
         self, model: nn.Module, image: Tensor, label: Tensor, num_classes: int, eps: float | None
     ) -> Tensor:
-        attack = self.cls(model, **self.params, **({} if eps is None else {"eps": eps}))
-        if "n_classes" in self.accepted and "n_classes" not in self.params:
-            attack = self.cls(
-                model, **self.params, n_classes=num_classes, **({} if eps is None else {"eps": eps})
-            )
+        params = dict(self.params)
+        if eps is not None:
+            params["eps"] = eps
+        if "n_classes" in self.accepted:
+            params.setdefault("n_classes", num_classes)
+        attack = self.cls(model, **params)
         if self.targeted:
             attack.set_mode_targeted_by_label(quiet=True)
         out: Tensor = attack(image, label)
@@ -246,6 +247,7 @@ class LibraryAttack(Attack):
 
     tasks = frozenset({"classification"})
     stochastic = True
+    monotone = False
 
     def __init__(
         self,
@@ -270,6 +272,7 @@ class LibraryAttack(Attack):
             else frozenset({"gradient", "logits"})
         )
         self.failed = failed or ("clean" if eps is None else "kept")
+        self.returns_clean = self.failed == "clean"
 
     def identity(self) -> dict[str, Any]:
         names = {"art": "adversarial-robustness-toolbox"}

@@ -154,6 +154,8 @@ class MinimalNorm(Attack):
     needs = frozenset({"gradient", "logits"})
     tasks = frozenset({"classification"})
     norm: Literal["linf", "l2"] | None = None
+    monotone = False
+    returns_clean = True
 
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1]; the clean image where none was found.
@@ -165,8 +167,7 @@ class MinimalNorm(Attack):
             raise NotApplicable(f"attack '{self.name}' needs at least 2 classes")
         clean = images.detach()
         index = torch.arange(len(clean), device=clean.device)
-        # All queries go through views of one oracle nobody has asked yet: an image's EOT draws then depend on its own
-        # number of queries, not on who else was there.
+        # Images that still work have all asked equally often, so EOT draws do not depend on who else was there.
         with torch.no_grad():
             return self.search(Working(oracle, index, clean, as_labels(targets, clean.device)), rng)
 

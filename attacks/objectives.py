@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks.scores import as_labels, dlr, margin, runner_up
+from attacks.scores import as_labels, dlr, margin
 from bench.errors import NotApplicable
 from bench.protocols import Needs, Oracle, Warped
 
@@ -100,9 +100,6 @@ class TaskLoss(Loss):
     ) -> Tensor:
         """`oracle.loss` of this kind."""
         return oracle.loss(images, targets, self.name)
-
-
-_labels, _runner_up = as_labels, runner_up
 
 
 class Margin(Loss):

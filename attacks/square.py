@@ -104,7 +104,8 @@ class Square(Attack):
             logits = oracle.logits(candidate)
             reached = fooled(logits, labels, targeted)
             new = score(self.loss, logits, labels, targeted)
-            better = (new > value) | (reached & ~hit)
+            # A success is never given up, whatever the loss says.
+            better = ((new > value) & (reached | ~hit)) | (reached & ~hit)
             x = torch.where(better.view(-1, 1, 1, 1), candidate, x)
             value, hit = torch.where(better, new, value), torch.where(better, reached, hit)
         out[at] = x

@@ -91,8 +91,11 @@ class Training:
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """Everything the weights are a function of."""
-        seen = bool(self.attacks) or objective(self.recipe.objective, dict(self.recipe.objective_args)).guided
-        return self.recipe.payload(
+        losses = objective(self.recipe.objective, dict(self.recipe.objective_args))
+        seen = bool(self.attacks) or losses.guided
+        # Files by digest, not by path.
+        recipe = self.recipe.but(objective_args={**self.recipe.objective_args, **losses.files()})
+        return recipe.payload(
             self.source.identity() if seen else None,
             {
                 "task": self.source.task,
@@ -107,7 +110,7 @@ class Training:
     @functools.cached_property
     def key(self) -> str:
         """SHA-256 of the payload."""
-        return self.recipe.key(**{k: self.payload[k] for k in ("target", "data", "adversary")})
+        return content_key(self.payload)
 
     def find(self, folders: Sequence[Path]) -> tuple[Path | None, str]:
         """The checkpoint, and why there is none.
@@ -379,6 +382,7 @@ def train(
             "rebuild": training.command,
             "seconds": round(before + time.perf_counter() - began),
             "payload": training.payload,
+            "chosen": dict(trainer.objective.chosen),
         }
         # What is scored is what is written, rounding included; it is found by others only once it is complete.
         draft = folder / "unscored.safetensors"

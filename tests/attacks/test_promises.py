@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bench.registry import ATTACKS
 
@@ -59,3 +63,24 @@ def test_promises(lab, name, params):
             view = lab.oracle(target, attack, 5).select(at)
             parts.append(attack.run(view, images[at], [labels[i] for i in at], lab.rng(5).select(at)))
         assert torch.equal(torch.cat(parts), out), "the batch's composition changes the result"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["apgd", "square", "spsa", "nes", "eot_pgd"]),
+    norm=st.sampled_from(["linf", "l2"]),
+    levels=st.integers(1, 255),
+    count=st.integers(1, 3),
+    size=st.tuples(st.integers(5, 17), st.integers(5, 17)),
+    seed=st.integers(0, 999),
+)
+def test_budget_and_range(lab, name, norm, levels, count, size, seed):
+    cost = {"square": {"queries": 4}, "eot_pgd": {"steps": 2, "draws": 2}}.get(name, {"steps": 3})
+    more = {"samples": 2} if name in ("spsa", "nes") else {"norm": norm}
+    attack = ATTACKS.create(name, {"eps": Fraction(levels, 255), **cost, **more})
+    images, labels = lab.batch(count, size, seed)
+    out = lab.run(attack, lab.Classifier(lab.convnet(), 5), images, labels)
+    assert out.shape == images.shape and torch.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+    delta = (out - images).flatten(1).double()
+    length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
+    assert length.max() <= levels / 255 * (1 + 1e-6) + 1e-6

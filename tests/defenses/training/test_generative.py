@@ -102,7 +102,7 @@ def test_wgan_terms_by_hand():
     (fake,) = goal.fakes(step)
     assert fake.shape == (4, 3, 16, 16) and fake.abs().max() <= 1
     terms = goal.critic(step, [fake.detach()])
-    sums = [0.1 * float(x.flatten(1).sum(1).mean()) for x in (fake, 2 * step.clean - 1)]
+    sums = [0.1 * float(x.flatten(1).sum(1).mean()) for x in (fake.detach(), 2 * step.clean - 1)]
     assert float(terms["critic"]) == pytest.approx(sums[0] - sums[1], rel=1e-4)
     assert float(terms["penalty"]) == pytest.approx(3 * (0.1 * 768**0.5 - 1) ** 2, rel=1e-4)
     own = goal.generator(step)["gan"]
