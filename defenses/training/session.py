@@ -263,6 +263,7 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
     at = f"{source}, roles.{role}"
     name, params, _ = split_spec(binding.model, f"{at}.model")
     model: ModelSource = MODELS.create(name, params, f"{at}.model")
+    role = _shared(profile, role, model.task)
     where, settings = _settings(profile, role, model.task)
     data = _dataset(profile, role, settings.dataset, f"{source}, training.{where}.dataset")
     sized = _sized(recipe(recipe_name), recipe_name, settings, f"{source}, training.{where}.recipes")
@@ -276,6 +277,18 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
             f"{source}, training.{where}.images: {images} images asked for, {data.name} has {len(data)}"
         )
     return Training(recipe_name, sized.but(seed=seed), profile, role, model, data, images, settings)
+
+
+def _shared(profile: Profile, role: str, task: str) -> str:
+    """The first role with the same model and training images as `role`: they have their checkpoints in common."""
+
+    def learned_from(name: str) -> Any:
+        data, params, _ = split_spec(profile.roles[name].dataset, f"roles.{name}.dataset")
+        settings = _settings(profile, name, task)[1]
+        return {"name": data, **params, **settings.dataset}, settings
+
+    model, wanted = profile.roles[role].model, learned_from(role)
+    return next(r for r, b in profile.roles.items() if b.model == model and learned_from(r) == wanted)
 
 
 def _settings(profile: Profile, role: str, task: str) -> tuple[str, TrainingSettings]:
