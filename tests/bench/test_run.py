@@ -116,7 +116,12 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
 
 
 def test_an_attack_without_gradients_needs_none_of_the_defense(bench: Run, grid: Path) -> None:
-    block = {"roles": ["classification"], "defenses": ["jpeg"], "attacks": ["square"], "threats": ["white_box"]}
+    block = {
+        "roles": ["classification"],
+        "defenses": ["jpeg"],
+        "attacks": ["square"],
+        "threats": ["white_box"],
+    }
     square = {"name": "square", "eps": "16/255", "queries": 20}
     grid.write_text(yaml.safe_dump({**GRID, "attacks": {"square": square}, "blocks": [block], "tables": []}))
     run(bench, grid)
