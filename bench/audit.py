@@ -110,7 +110,10 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
         if sees(cell):
             for check, what, attack in _variants(cell.attack, cell.target.task):
                 if attack.tasks is None or cell.target.task in attack.tasks:
-                    out.append(Extra(check, what, _varied(parent, attack, what=what), parent))
+                    varied = _varied(parent, attack, what=what)
+                    # Losses that the grid has are in its worst case already.
+                    if check != "V16" or varied.key not in cells:
+                        out.append(Extra(check, what, varied, parent))
             assert cell.craft is not None
             if cell.defense.stochastic and cell.level != "oblivious" and cell.craft.eot < 20:
                 out.append(

@@ -562,9 +562,12 @@ def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list
     # Records under attack are named after it, with steps and eps; others are clean scores of further metrics.
     attacked = [v for name, v in known.items() if any(c.isdigit() for c in name.replace("map50", ""))]
     multi_step = by_gradient(attack) and getattr(attack, "steps", 0) >= 10 and sees(cell)
-    direct = attack.params.get("loss") in _DIRECT and attack.target is None
+    named = attack.params.get("loss") in _DIRECT and attack.target is None
     large = attack.norm == "linf" and attack.eps is not None and float(attack.eps) >= 8 / 255
-    strong = multi_step and direct and large
+    # Input diversity and smoothed gradients trade strength on this model for transfer to others.
+    params = attack.params
+    blunt = getattr(attack, "diversity", None) is not None or params.get("kernel", params.get("ti_kernel"))
+    strong = multi_step and named and large and not blunt
     if not attacked or not strong:
         return []
     limit = max(attacked) + 0.05

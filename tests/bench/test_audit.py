@@ -218,3 +218,15 @@ def test_extra_cells_are_in_no_table_and_run_once(folder: Path, costly: tuple[Pl
     assert not any("(" in str(name) for name in frame["attack"])
     for extra in extras(plan, 16):
         assert len(extra.cell.target.ids) == 16 and extra.cell.target.ids == extra.parent.target.ids
+
+
+def test_a_loss_that_the_grid_has_is_no_extra(folder: Path) -> None:
+    both = {**STEPS, "name": "bim", "loss": "margin"}
+    block = {"roles": ["classification"], "defenses": ["none"], "attacks": ["bim"], "threats": ["oblivious"]}
+    grid = folder / "losses.yaml"
+    for attacks, expected in (["bim"], {"loss margin", "loss dlr"}), (["bim", both], {"loss dlr"}):
+        spec = {**GRID, "profile": str(folder / "profile.yaml"), "blocks": [{**block, "attacks": attacks}]}
+        grid.write_text(yaml.safe_dump(spec))
+        found = extras(make_plan(Options(grid)), 4)
+        losses = {e.what for e in found if e.what.startswith("loss") and e.parent.attack_label == "bim"}
+        assert losses == expected
