@@ -146,6 +146,11 @@ def _variants(attack: Attack, task: str) -> list[tuple[str, str, Attack]]:
     alpha: dict[str, Any] = {}
     if params.get("alpha", 0) is None and attack.eps is not None:
         alpha = {"alpha": str(Fraction(attack.eps) / 4)}
+    if attack.eps is not None and (effort is None or int(params[effort]) == 1):
+        # A single step need not reach what many do, at any eps.
+        loss = "cls" if task == "detection" else "ce"
+        noise = _make("noise", {"eps": str(attack.eps), "draws": 100, "loss": loss})
+        return [("V6", "noise, best of 100", noise)] if noise is not None and attack.norm == "linf" else []
     if effort is not None:
         n = int(params[effort])
         for factor in (2, 5):
