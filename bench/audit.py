@@ -149,8 +149,8 @@ def _variants(attack: Attack, task: str) -> list[tuple[str, str, Attack]]:
     if attack.eps is not None and (effort is None or int(params[effort]) == 1):
         # A single step need not reach what many do, at any eps.
         loss = "cls" if task == "detection" else "ce"
-        noise = _make("noise", {"eps": str(attack.eps), "draws": 100, "loss": loss})
-        return [("V6", "noise, best of 100", noise)] if noise is not None and attack.norm == "linf" else []
+        draws = _make("noise", {"eps": str(attack.eps), "draws": 100, "loss": loss})
+        return [("V6", "noise, best of 100", draws)] if draws is not None and attack.norm == "linf" else []
     if effort is not None:
         n = int(params[effort])
         for factor in (2, 5):
