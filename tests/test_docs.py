@@ -186,8 +186,9 @@ def test_commands_exist(page: Path) -> None:
     for line in commands(page.read_text(encoding="utf-8")):
         chosen = parsed(shlex.split(line)[3:])
         name, values = chosen.info_name, chosen.params
-        for grid in values.get("grid") if isinstance(values.get("grid"), list) else [values.get("grid")]:
-            assert grid is None or (ROOT / grid).is_file() or str(grid) in YAML, line
+        given = values.get("grid") or ()
+        for grid in (given,) if isinstance(given, Path) else given:
+            assert (ROOT / grid).is_file() or str(grid) in YAML, line
         if name == "train":
             recipe = values["recipe"] or values["defense"]
             assert recipe in learned or RECIPES[recipe].defense == values["defense"], line
