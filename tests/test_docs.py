@@ -230,6 +230,8 @@ def test_a_papers_page_names_its_recipes_and_tables(page: Path) -> None:
     for name, recipe in RECIPES.items():
         if recipe.defense == paper:
             assert f"`{name}`" in text, name
-    for table in table_ids():
-        if table.startswith(f"{paper}/"):
-            assert table.split("/")[1] in text, table
+    tables = {int(number) for number in re.findall(r"\btable(\d+)\b", text)}
+    for first, last in re.findall(r"\btable(\d+) to table(\d+)\b", text):
+        tables |= set(range(int(first), int(last) + 1))
+    printed = {int(id.partition("/table")[2]) for id in table_ids() if id.startswith(f"{paper}/")}
+    assert printed == tables
