@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import shlex
 import sys
@@ -21,8 +23,10 @@ from bench.paper import PAPERS, table_ids
 from bench.registry import ATTACKS, DATASETS, DEFENSES, ENTRY_POINT_GROUP, METRICS, MODELS, load_plugin
 from defenses.networks.build import PURIFIERS
 from defenses.training.objectives import OBJECTIVES
-from defenses.training.recipe import RECIPES
+from defenses.training.recipe import CRITICS, RECIPES, Recipe
 from tasks.classification.task import Classification
+from tasks.detection.task import Detection
+from tasks.segmentation.task import Segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ROOT / "tests" / "plugins"
@@ -47,6 +51,9 @@ def files(language: str) -> dict[str, str]:
 
 MODULES = files("python")
 YAML = files("yaml")
+#: What pages name beside plug-ins and options: values of options, and letters of the papers.
+VALUES = {"paper", "ragan", "unit", "imagenet", "symmetric", "logits", "features", "relu3_3", "at", "w"}
+MODEL_LOSSES = (Classification, Detection, Segmentation)
 TOY_BUDGET = {"eps": "32/255", "alpha": "8/255"}
 GRIDS = sorted(name for name, text in YAML.items() if "blocks" in yaml.safe_load(text))
 
@@ -58,10 +65,8 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS):
         registry.discover()
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
-    for table in (PURIFIERS, OBJECTIVES, RECIPES):
-        for name in set(table):
-            monkeypatch.setitem(table, name, table[name])  # type: ignore[arg-type]
-    known = [set(table) for table in (PURIFIERS, OBJECTIVES, RECIPES)]
+    tables: tuple[dict[str, Any], ...] = (PURIFIERS, OBJECTIVES, RECIPES)
+    before = [dict(table) for table in tables]
     monkeypatch.setattr(Classification, "metrics", Classification.metrics)
     for name, text in MODULES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -69,9 +74,9 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text(yaml.safe_dump(on_toy_data(yaml.safe_load(text))), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for table, names in zip((PURIFIERS, OBJECTIVES, RECIPES), known, strict=True):
-        for name in set(table) - names:
-            del table[name]  # type: ignore[attr-defined]
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
     for name in [
         n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(tmp_path))
     ]:
@@ -235,3 +240,30 @@ def test_a_papers_page_names_its_recipes_and_tables(page: Path) -> None:
         tables |= set(range(int(first), int(last) + 1))
     printed = {int(id.partition("/table")[2]) for id in table_ids() if id.startswith(f"{paper}/")}
     assert printed == tables
+
+
+def options() -> set[str]:
+    """Names that a parameter may have: of recipes, objectives, discriminators, networks, defenses and attacks."""
+    found = {field.name for field in dataclasses.fields(Recipe)}
+    for table in (OBJECTIVES, PURIFIERS, CRITICS):
+        found |= {name for cls in table.values() for name in inspect.signature(cls).parameters}
+    for registry in (DEFENSES, ATTACKS):
+        found |= {parameter.name for name in registry for parameter in registry.parameters(name)}
+    return found
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "papers").glob("*.md")), ids=lambda page: page.stem)
+def test_a_papers_page_uses_names_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = options() | set(RECIPES) | set(PURIFIERS) | set(CRITICS)
+    for registry in (DEFENSES, ATTACKS, METRICS, MODELS):
+        known |= set(registry)
+    known |= {"oblivious", "transfer", "gray_box", "bpda", "white_box", "surrogate", "sources", "eot"}
+    values = {kind for cls in MODEL_LOSSES for kind in cls.losses} | VALUES
+    for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
+        if re.fullmatch(r"\w+", code):
+            assert code in known | values, code
+        elif option := re.fullmatch(r"(\w+): .*", code):
+            assert option[1] in known, code
+        elif "/" in code and " " not in code:
+            assert (ROOT / code).exists(), code
