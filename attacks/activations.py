@@ -203,6 +203,7 @@ class FFF(Attack):
 
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "features", "logits"})
+    monotone = False
 
     def __init__(
         self,

@@ -78,6 +78,8 @@ class APGD(Attack):
         self.steps, self.restarts, self.classes = steps, restarts, classes
         self.rho, self.momentum = rho, momentum
         self.failed, self.stop_when_fooled = failed, stop_when_fooled
+        self.monotone = restarts == 1 and loss != "dlr_targeted"
+        self.returns_clean = failed == "clean"
 
     def passes(self) -> int:
         runs = self.restarts * (self.classes if self.loss == "dlr_targeted" else 1)

@@ -62,6 +62,7 @@ class AutoAttack(Attack):
 
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "logits"})
+    monotone = False
     stochastic = True
 
     def __init__(
@@ -82,6 +83,7 @@ class AutoAttack(Attack):
         self.version_name, self.norm, self.eps = version, norm, eps
         self.members: tuple[Member, ...] = MEMBERS[version] if attacks is None else tuple(attacks)
         self.steps, self.queries, self.failed, self.group = steps, queries, failed, group
+        self.returns_clean = failed == "clean"
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "library": f"pyautoattack {importlib.metadata.version('pyautoattack')}"}

@@ -60,4 +60,6 @@ class DAG(Iterative):
             target=target,
         )
         self.loss = _Swap()
+        # Boxes that are fooled leave the objective.
+        self.monotone = False
         self.tasks = frozenset({"detection"})

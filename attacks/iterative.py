@@ -140,6 +140,7 @@ class Iterative(Attack):
         stop_when_fooled: bool = False,
     ) -> None:
         self.loss = make_loss(loss, kappa)
+        self.monotone = restarts == 1
         self.norm = None if norm == "none" else norm
         self.eps, self.target = eps, target
         self._check_budget(norm, eps, alpha)

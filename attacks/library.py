@@ -247,6 +247,7 @@ class LibraryAttack(Attack):
 
     tasks = frozenset({"classification"})
     stochastic = True
+    monotone = False
 
     def __init__(
         self,
@@ -271,6 +272,7 @@ class LibraryAttack(Attack):
             else frozenset({"gradient", "logits"})
         )
         self.failed = failed or ("clean" if eps is None else "kept")
+        self.returns_clean = self.failed == "clean"
 
     def identity(self) -> dict[str, Any]:
         names = {"art": "adversarial-robustness-toolbox"}

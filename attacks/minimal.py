@@ -154,6 +154,8 @@ class MinimalNorm(Attack):
     needs = frozenset({"gradient", "logits"})
     tasks = frozenset({"classification"})
     norm: Literal["linf", "l2"] | None = None
+    monotone = False
+    returns_clean = True
 
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1]; the clean image where none was found.

@@ -50,6 +50,7 @@ class SEA(Attack):
 
     tasks = frozenset({"segmentation"})
     needs = frozenset({"gradient", "logits"})
+    monotone = False
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class _PixelAttack(Iterative):
     ) -> None:
         super().__init__(eps=eps, alpha=alpha, steps=steps, start=start, target=target)
         self.loss = loss
+        # Pixels that are wrong leave the objective, or weigh more with every step.
+        self.monotone = False
         self.needs = frozenset({"gradient", *loss.needs})
         self.tasks = loss.tasks
 

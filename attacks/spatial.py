@@ -44,6 +44,8 @@ class StAdv(Attack):
 
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "logits"})
+    monotone = False
+    returns_clean = True
     norm = None
 
     def __init__(

@@ -77,6 +77,8 @@ class TOG(Iterative):
         self.mode, self.confidence, self.wrong = mode, confidence, wrong
         self.tasks = frozenset({"detection"})
         self._own = mode == "untargeted" or (mode == "mislabelling" and target is None)
+        # Images on which nothing is detected stay as they are.
+        self.returns_clean = self._own
         if self._own:
             self.needs |= {"decision"}
 

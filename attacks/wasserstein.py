@@ -46,6 +46,7 @@ class FWA(Attack):
 
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "logits"})
+    monotone = False
     norm = None
 
     def __init__(

@@ -31,6 +31,7 @@ from rich.table import Table
 from bench.claims import claims_command
 from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
 from bench.paper import paper_app
+from bench.report import report_command
 
 if TYPE_CHECKING:
     from bench.plan import Cell, Options, Plan
@@ -47,6 +48,7 @@ zoo_app = typer.Typer(
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(paper_app, name="paper")
 app.command("claims")(claims_command)
+app.command("report")(report_command)
 # Into a file or pipe, tables are as wide as their content.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -60,6 +62,9 @@ ProfileOption = Annotated[str | None, typer.Option(help="Profile that binds role
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="At most N images per role.")]
 PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")]
+AuditImagesOption = Annotated[
+    int, typer.Option("--audit-images", min=0, help="Images of the extra cells; 0 = 100, 24 or 20 by task.")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the tables; default results/GRID.")]
 DEFAULT_STORE = Path(".bench")
 CHECKPOINTS = "checkpoints"
@@ -153,6 +158,10 @@ def run(
     out_dir: OutOption = None,
     plugin: PluginOption = [],  # noqa: B006
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; only files.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Also run the extra cells of the costly checks, and report.")
+    ] = False,
+    audit_images: AuditImagesOption = 0,
 ) -> None:
     """Run what a grid lacks, then write and print its tables."""
     from bench.progress import Display
@@ -194,9 +203,84 @@ def run(
         for line in notes(frame):
             out.print(escape(line))
     err.print(f"wrote {escape(str(written))}")
+    if audit:
+        _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
+        _report(plan, opened, audit_images)
     if display.errors:
         _print_failures(display.errors, display.labels)
         raise typer.Exit(1 if display.bugs else 2)
+
+
+def _run_extras(
+    plan: Plan, opened: Store, store: Path, devices: tuple[str, ...], workers: int, images: int, quiet: bool
+) -> None:
+    """Run the extra cells of the costly checks."""
+    from bench.audit import extended, extras
+    from bench.progress import Display
+    from bench.runner import cell_record, pending, run_plan
+
+    whole = extended(plan, images)
+    known = {cell.key for cell in plan.cells} | set(plan.crafts())
+    # What a hard check stopped has nothing to be compared with.
+    wanted: set[str] = set()
+    for extra in extras(plan, images):
+        if not cell_record(opened, extra.parent).missing(extra.parent.target.ids):
+            wanted |= {extra.cell.key} | ({extra.cell.craft.key} if extra.cell.craft is not None else set())
+    jobs = [job for job in pending(whole, opened)[0] if job.key in wanted - known]
+    labels = {c.key: c.label for c in whole.cells}
+    with Display(err, jobs, labels, whole, quiet, store / "failures.log") as display:
+        display.say(f"audit: {len(jobs)} extra crafts and cells to run")
+        pool = len(devices) * workers > 1
+        run_plan(
+            whole, opened, display, "processes" if pool else "inprocess",
+            workers=workers, devices=devices, jobs=jobs, audit=images,
+        )  # fmt: skip
+    if display.errors:
+        _print_failures(display.errors, display.labels)
+
+
+def _report(plan: Plan, opened: Store, images: int) -> bool:
+    """Print the audit; whether all is sound."""
+    from bench.audit import audit, report
+
+    result = audit(plan, opened, images)
+    for line in report(result, plan):
+        out.print(escape(line))
+    return result.sound
+
+
+@app.command("audit")
+def audit_command(
+    what: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RESULTS|GRID]", help="results/NAME of a shipped grid, or a grid file."),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option("--grid", "-g", help="Grid file (YAML).")] = None,
+    costly: Annotated[
+        bool, typer.Option("--costly", help="First run the extra cells of the costly checks.")
+    ] = False,
+    images: AuditImagesOption = 0,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda …; default: every GPU, else the CPU.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes per device.")] = 1,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Say which stored results are suspect, why, and what to run next. Exit code 0: all sound, 1: something suspect."""
+    from bench.audit import grid_of
+
+    if (what is None) == (grid is None):
+        raise GridError("give either results/NAME or a grid file")
+    path = grid_of(what) if what is not None else grid
+    assert path is not None
+    plan, opened = _open(_options(path, profile, seed, limit, plugin, store), store)
+    if costly:
+        _run_extras(plan, opened, store, _devices(device), workers, images, quiet)
+    if not _report(plan, opened, images):
+        raise typer.Exit(1)
 
 
 def _print_failures(errors: dict[str, str], labels: dict[str, str]) -> None:
@@ -626,7 +710,7 @@ def show(
     for flag in sorted({f for flags in lines["flags"] for f in flags}):
         from bench.checks import FLAGS
 
-        out.print(f"suspect: {flag}: {FLAGS.get(flag, '')}")
+        out.print(f"suspect: {flag}: {FLAGS[flag].text if flag in FLAGS else ''}")
     out.print_json(json.dumps(found.payload))
     rows = cell_record(opened, found).read_rows()
     for environment in sorted({str(row["environment"]) for row in rows}):

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bench.checks import craft_flags
+from bench.checks import Finding, cell_findings, group_findings, reference_findings
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Plan, task_instance
 from bench.protocols import Metric
 from bench.registry import METRICS
-from bench.runner import cell_record, not_applicable
+from bench.runner import cell_record, not_applicable, noted_findings
 from bench.stats import bootstrap_interval, wilson, worst_case
 from bench.store import Record, Store
 
 WORST = "worst case"
 ADAPTIVE = "adaptive"
 """The level of an attacker who tries everything in the grid: the per-image worst over its levels and attacks."""
-SUMMARY_VERSION = 2
+SUMMARY_VERSION = 3
 
 COLUMNS = [
     "grid", "profile", "cell", "role", "task", "dataset", "model", "defense", "attack", "level", "level_label",
     "seed", "image_format", "metric", "unit", "higher_is_better", "value", "low", "high", "n", "n_total", "repeats",
     "value_worst", "status", "reason", "flags", "attack_name", "attack_params", "defense_params", "weights",
-    "forwards", "backwards", "linf_max", "seconds",
+    "forwards", "backwards", "linf_max", "seconds", "cost",
 ]  # fmt: skip
 #: Columns that differ from run to run; left out of committed tables.
-VOLATILE = ("seconds",)
+VOLATILE = ("seconds", "cost")
 
 
 class _Repeated(Metric):
@@ -97,10 +98,11 @@ def cell_frame(plan: Plan, store: Store | None, errors: Mapping[str, str] | None
         errors: cell key or craft key -> why it failed in this run.
     """
     errors = errors or {}
+    found = {} if store is None else findings(plan, store)
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[str, str, str, str], list[Cell]] = {}
     for cell in plan.cells:
-        lines.extend(_cell_lines(plan, store, cell, errors))
+        lines.extend(_cell_lines(plan, store, cell, errors, found.get(cell.key, [])))
         if cell.attack is not None:
             group = (cell.target.role, cell.defense_label, cell.level_label, cell.image_format)
             groups.setdefault(group, []).append(cell)
@@ -116,7 +118,7 @@ def cell_frame(plan: Plan, store: Store | None, errors: Mapping[str, str] | None
     }
     for column in ("role", "defense", "attack", "level_label", "image_format"):
         frame[column] = pd.Categorical(frame[column], categories=list(orders.get(column, ())), ordered=True)
-    return _flag_across(frame)
+    return frame
 
 
 def _base(plan: Plan, cell: Cell) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def _base(plan: Plan, cell: Cell) -> dict[str, Any]:
         "attack_params": "{}" if cell.attack is None else canonical(cell.attack.params),
         "defense_params": canonical(cell.defense.identity()),
         "weights": canonical(cell.target.model.identity()),
-        "forwards": 0, "backwards": 0, "linf_max": float("nan"), "seconds": 0.0,
+        "forwards": 0, "backwards": 0, "linf_max": float("nan"), "seconds": 0.0, "cost": float("nan"),
     }  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
 
 
 def _cell_lines(
-    plan: Plan, store: Store | None, cell: Cell, errors: Mapping[str, str]
+    plan: Plan, store: Store | None, cell: Cell, errors: Mapping[str, str], found: Sequence[Finding]
 ) -> list[dict[str, Any]]:
     if cell.skip is not None:
         return _empty(plan, cell, status="skip", reason=cell.skip)
@@ -174,8 +176,8 @@ def _cell_lines(
         status = "error" if failure else "pending"
         return _empty(plan, cell, status=status, reason=failure or "not run yet")
     summary = _cached_summary(record, cell, count)
-    flags = tuple(summary["flags"])
-    extra = {k: summary[k] for k in ("forwards", "backwards", "linf_max", "seconds", "n")}
+    flags = tuple(dict.fromkeys(finding.flag for finding in found if finding.suspect))
+    extra = {k: summary[k] for k in ("forwards", "backwards", "linf_max", "seconds", "cost", "n")}
     status = "ok" if count == len(cell.target.ids) else ("error" if failure else "partial")
     return [
         {**_base(plan, cell), **extra, **line, "status": status, "reason": failure or "", "flags": flags}
@@ -195,7 +197,10 @@ def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
     summary = {
         "n": count,
         "metrics": summarise(rows, cell.target.task, cell.seed),
-        "flags": craft_flags(cell.attack, infos) if cell.attack is not None and infos else [],
+        "findings": [asdict(finding) for finding in cell_findings(cell, rows)],
+        "ids": ids,
+        "scores": [float(row["score"]) for row in rows],
+        "cost": _cost(rows),
         "forwards": sum(int(i["forwards"]) for i in infos),
         "backwards": sum(int(i["backwards"]) for i in infos),
         "linf_max": max((float(i["linf"]) for i in infos), default=float("nan")),
@@ -203,6 +208,13 @@ def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
     }
     record.set_note(name, summary)
     return summary
+
+
+def _cost(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Check V23: time of purifying and predicting an image over that of predicting it alone."""
+    timed = [row for row in rows if "seconds_purify" in row]
+    predict = sum(float(row["seconds_predict"]) for row in timed)
+    return 1 + sum(float(row["seconds_purify"]) for row in timed) / predict if predict > 0 else float("nan")
 
 
 def _by_defense(groups: Mapping[tuple[str, str, str, str], list[Cell]]) -> dict[tuple[str, ...], list[Cell]]:
@@ -282,38 +294,28 @@ def _worst_lines(
     return [{**base, **line} for line in metrics]
 
 
-def _flag_across(frame: pd.DataFrame) -> pd.DataFrame:
-    """Flags that need several cells: V6 (random noise) and V10 (knowing more must not harm less)."""
-    flags: dict[int, list[str]] = {int(i): list(f) for i, f in zip(frame.index, frame["flags"], strict=True)}
-    ok = frame[(frame["status"] == "ok") & (frame["attack"] != WORST)]
-    keys = ["role", "defense", "image_format", "metric", "seed"]
-    for _, part in ok.groupby(keys, observed=True, sort=False):
-        sign = 1.0 if bool(part["higher_is_better"].iloc[0]) else -1.0
-        noise = part[part["attack_name"] == "noise"]
-        gradient = part[~part["attack_name"].isin(("", "noise")) & (part["level"] != "transfer")]
-        if not len(noise):
-            continue
-        harm = float((sign * noise["value"]).min())
-        # Equal harm is only suspect when there is harm left to do.
-        floor = float((sign * part["value"]).min())
-        for index, value in (sign * gradient["value"]).items():
-            if value > harm or (value == harm and harm > floor):
-                flags[int(str(index))].append("below-noise")
-    adaptive = {"bpda", "white_box"}
-    for _, part in ok.groupby([*keys, "attack"], observed=True, sort=False):
-        sign = 1.0 if bool(part["higher_is_better"].iloc[0]) else -1.0
-        oblivious = part[part["level"] == "oblivious"]
-        knowing = part[part["level"].isin(adaptive)]
-        if not len(oblivious) or not len(knowing):
-            continue
-        # Only a difference beyond the intervals counts: both are measured on the same few images.
-        best = knowing.iloc[int((sign * knowing["value"]).to_numpy().argmin())]
-        line = oblivious.iloc[0]
-        clear = line["high"] < best["low"] if sign > 0 else line["low"] > best["high"]
-        if clear:
-            flags[int(str(best.name))].append("oblivious-above-adaptive")
-    frame["flags"] = [tuple(dict.fromkeys(flags[int(i)])) for i in frame.index]
-    return frame
+def findings(plan: Plan, store: Store) -> dict[str, list[Finding]]:
+    """What the automatic checks say of a plan's finished cells, notes included: cell key -> findings."""
+    complete: dict[str, Cell] = {}
+    summaries: dict[str, dict[str, Any]] = {}
+    for cell in plan.cells:
+        if cell.skip is None and cell.key not in complete:
+            record = cell_record(store, cell)
+            count = len(set(cell.target.ids) & record.done())
+            if count:
+                summaries[cell.key] = _cached_summary(record, cell, count)
+                complete[cell.key] = cell
+    scores = {key: dict(zip(s["ids"], s["scores"], strict=True)) for key, s in summaries.items()}
+    across = group_findings(list(complete.values()), scores)
+    out: dict[str, list[Finding]] = {}
+    for key, cell in complete.items():
+        out[key] = [
+            *(Finding(**entry) for entry in summaries[key]["findings"]),
+            *reference_findings(cell, summaries[key]["metrics"]),
+            *across.get(key, []),
+            *noted_findings(store, cell.target),
+        ]
+    return out
 
 
-__all__ = ["COLUMNS", "VOLATILE", "WORST", "cell_frame", "load_rows", "summarise"]
+__all__ = ["COLUMNS", "VOLATILE", "WORST", "cell_frame", "findings", "load_rows", "summarise"]

@@ -228,6 +228,10 @@ class ModelSource(ABC):
             WeightsError: the checkpoint is missing, unsafe, damaged or of another model.
         """
 
+    def recorded(self) -> dict[str, float]:
+        """Scores recorded with the weights: `clean` (the task's first metric), and under attacks by any other name."""
+        return {}
+
     def input_spec(self) -> dict[str, Any]:
         """What `prepare` does to a sample, for keys; {} when nothing."""
         return {}
@@ -486,6 +490,10 @@ class Attack(ABC):
         eps: radius in [0,1] pixel units; the harness projects and verifies.
         target: rule that picks the wrong target (`Task.attack_targets`); None = untargeted.
         stochastic: draws random numbers.
+        monotone: one run on one objective that grows with success, so that it should end above its start. Not so for
+            several objectives or restarts in turn, schedules, objectives that drop what is wrong already, and searches
+            for small perturbations.
+        returns_clean: an image it fails on comes back unchanged.
         version: raise it when the output changes for the same parameters.
     """
 
@@ -497,6 +505,8 @@ class Attack(ABC):
     norm: Literal["linf", "l2"] | None = "linf"
     eps: Fraction | None = None
     target: str | None = None
+    monotone: bool = True
+    returns_clean: bool = False
     version: ClassVar[int] = 1
 
     @abstractmethod

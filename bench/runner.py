@@ -25,9 +25,20 @@ import torch
 from torch import Tensor
 
 from bench import __version__
-from bench.checks import check_adversarials, check_images, norms
+from bench.checks import (
+    Finding,
+    check_adversarials,
+    check_defense,
+    check_frozen,
+    check_images,
+    digest,
+    model_findings,
+    norms,
+    undefended,
+)
 from bench.errors import BenchError, CheckError, DataError, NotApplicable, StoreError
 from bench.executors import Event, Job, create_executor
+from bench.keys import content_key
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
 from bench.protocols import Batch, ImageRNG, Sample, TargetModel
 from bench.store import Record, Store
@@ -43,12 +54,15 @@ class Manifest:
 
     options: Options
     store: Path
+    audit: int | None = None
+    """Images a cell of the audit's extra cells (`bench.audit.extended`); None = without them."""
 
     def write(self, path: Path) -> None:
         """Write to `path` atomically."""
         data: dict[str, Any] = {
             "options": {**asdict(self.options), "grid": str(self.options.grid.resolve())},
             "store": str(self.store),
+            "audit": self.audit,
         }
         for key in ("plugins", "checkpoints"):
             data["options"][key] = [str(Path(p).resolve()) for p in getattr(self.options, key)]
@@ -64,7 +78,7 @@ class Manifest:
         options["grid"] = Path(options["grid"])
         for key in ("plugins", "checkpoints"):
             options[key] = tuple(options[key])
-        return cls(Options(**options), Path(data["store"]))
+        return cls(Options(**options), Path(data["store"]), data.get("audit"))
 
 
 # -- what the parent does -------------------------------------------------------------------------------------------
@@ -114,15 +128,19 @@ def run_plan(
     workers: int = 1,
     devices: Sequence[str] = ("cpu",),
     jobs: Sequence[Job] | None = None,
+    audit: int | None = None,
 ) -> None:
-    """Run everything the store lacks. Events tell progress, failures and skips; results are read from the store."""
+    """Run everything the store lacks (`audit`: see `Manifest`).
+
+    Events tell progress, failures and skips; results are read from the store.
+    """
     todo = pending(plan, store)[0] if jobs is None else list(jobs)
     if not todo:
         return
     manifest = store.root / f"manifest-{os.getpid()}.json"
     try:
         store.root.mkdir(parents=True, exist_ok=True)
-        Manifest(plan.options, store.root).write(manifest)
+        Manifest(plan.options, store.root, audit).write(manifest)
     except OSError as error:
         raise StoreError(f"store {store.root} cannot be written: {error.strerror or error}") from None
     _PLANS[str(manifest)] = (plan, store)
@@ -158,6 +176,14 @@ def not_applicable(store: Store, cell: Cell) -> str | None:
     reason = cell_record(store, cell).note("skip")
     if reason is None and cell.craft is not None:
         reason = craft_record(store, cell.craft).note("skip")
+    return None if reason is None else str(reason)
+
+
+def broken(store: Store, cell: Cell) -> str | None:
+    """The hard check that stopped a cell, or its craft, the last time it was run."""
+    reason = cell_record(store, cell).note("broken")
+    if reason is None and cell.craft is not None:
+        reason = craft_record(store, cell.craft).note("broken")
     return None if reason is None else str(reason)
 
 
@@ -207,13 +233,23 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
     """
     if str(manifest) not in _PLANS:
         read = Manifest.read(manifest)
-        _PLANS[str(manifest)] = (make_plan(read.options), Store(read.store))
+        made = make_plan(read.options)
+        if read.audit is not None:
+            from bench.audit import extended
+
+            made = extended(made, read.audit)
+        _PLANS[str(manifest)] = (made, Store(read.store))
     plan, store = _PLANS[str(manifest)]
     torch_device = torch.device(device)
     if torch_device.type == "cpu":
         # Kernels split their sums by the number of threads: with one thread everywhere, the numbers are the same for
         # any number of workers, and workers are the better use of cores for small networks anyway.
         torch.set_num_threads(1)
+    record = (
+        craft_record(store, plan.crafts()[job.key])
+        if job.kind == "craft"
+        else cell_record(store, next(c for c in plan.cells if c.key == job.key))
+    )
     try:
         if job.kind == "craft":
             crafts = plan.crafts()
@@ -225,13 +261,15 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
             cell = next(c for c in plan.cells if c.key == job.key)
             run_cell(cell, store, torch_device, plan.options.batch_size, report)
     except NotApplicable as error:
-        record = (
-            craft_record(store, plan.crafts()[job.key])
-            if job.kind == "craft"
-            else cell_record(store, next(c for c in plan.cells if c.key == job.key))
-        )
         record.set_note("skip", error.reason)
         return error.reason
+    except CheckError as error:
+        # The audit tells which cells a hard check stopped; a model that was tampered with must not be used again.
+        record.set_note("broken", str(error))
+        _load.cache_clear()
+        raise
+    if record.note("broken") is not None:
+        record.set_note("broken", None)
     return None
 
 
@@ -255,13 +293,23 @@ def run_craft(
         prepare = load_model(craft.target, device)
         defense = None if craft.defense is None else craft.defense.to(device)
         victim = Victim(models, defense, craft.mode, craft.eot)  # type: ignore[arg-type]
-        victim.check()
+        if "gradient" in craft.attack.needs:
+            victim.check()
+        frozen = [*zip(craft.sources, models, strict=True), (craft.target, prepare)]
+        intact = None if defense is None else digest(defense)
+        blamed = f"attack '{craft.attack.name}'"
         started, passes = time.perf_counter(), 0
 
         def attack(batch: Batch) -> None:
             nonlocal done, passes
+            if done == len(ids) - len(missing):
+                verify_model(store, craft.target, prepare, batch)
             begun = time.perf_counter()
             adversarial, infos = craft_batch(craft, victim, batch)
+            for source, model in frozen:
+                check_frozen(model, _DIGESTS[id(model)], f"model '{source.model.name}'", blamed)
+            if defense is not None and intact is not None:
+                check_frozen(defense, intact, f"defense '{defense.name}'", blamed)
             seconds = (time.perf_counter() - begun) / len(batch)
             made = {"seconds": round(seconds, 6), "environment": environment_text()}
             record.write_images(batch.ids, adversarial.cpu(), [{**info, **made} for info in infos])
@@ -296,7 +344,7 @@ def craft_batch(craft: Craft, victim: Victim, batch: Batch) -> tuple[Tensor, lis
     linf, l2 = norms(before, adversarial)
     infos = []
     for i, trace in enumerate(oracle.traces):
-        infos.append({**asdict(trace), "linf": float(linf[i]), "l2": float(l2[i])})
+        infos.append({**trace.record(), "linf": float(linf[i]), "l2": float(l2[i])})
     return adversarial, infos
 
 
@@ -314,8 +362,15 @@ def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | N
         defense = cell.defense.to(device)
         crafts = None if cell.craft is None else craft_record(store, cell.craft)
 
+        intact = digest(defense)
+        blamed = f"defense '{cell.defense_label}'"
+
         def evaluate(batch: Batch) -> None:
             nonlocal done
+            first = done == len(ids) - len(missing)
+            if first:
+                verify_model(store, cell.target, model, batch)
+                verify_defense(store, cell, defense, batch)
             begun = time.perf_counter()
             infos: Sequence[Mapping[str, Any]] = [{}] * len(batch)
             attacked = batch
@@ -323,6 +378,9 @@ def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | N
                 images, infos = crafts.read_images(batch.ids)
                 attacked = Batch(images.to(device), batch.targets, batch.ids)
             rows = evaluate_batch(cell, model, defense, attacked)
+            if first:
+                check_frozen(model, _DIGESTS[id(model)], f"model '{cell.target.model.name}'", blamed)
+                check_frozen(defense, intact, blamed, "the evaluation")
             seconds = (time.perf_counter() - begun) / len(batch)
             made = {"seconds": round(seconds, 6), "environment": environment_text()}
             record.write_rows(
@@ -346,13 +404,20 @@ def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -
     defense.check_input((int(images.shape[-2]), int(images.shape[-1])))
     rng = ImageRNG.for_images(cell.key, batch.ids)
     stats: list[list[dict[str, Any]]] = [[] for _ in batch.ids]
+    purifying = predicting = 0.0
     with torch.no_grad():
         for repeat in range(cell.repeats):
+            begun = _clock(images.device)
             purified = defense.purify(images, rng.fork("repeat", repeat))
+            between = _clock(images.device)
             predictions = model.predict(purified.images, geometry=purified.geometry)
+            purifying, predicting = purifying + between - begun, predicting + _clock(images.device) - between
+            if undefended(cell) and not torch.equal(purified.images, images):
+                raise CheckError(f"defense '{cell.defense_label}' is none, yet it changes images")
             for image_stats, prediction, target in zip(stats, predictions, batch.targets, strict=True):
                 image_stats.append(task.rows(prediction, target))
     rows = []
+    passes = len(batch) * cell.repeats
     for image_id, image_stats in zip(batch.ids, stats, strict=True):
         scores = [float(s["score"]) for s in image_stats]
         rows.append(
@@ -361,9 +426,86 @@ def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -
                 "score": sum(scores) / len(scores),
                 "scores": json.dumps(scores),
                 "stats": json.dumps(image_stats, sort_keys=True, separators=(",", ":")),
+                "seconds_purify": round(purifying / passes, 7),
+                "seconds_predict": round(predicting / passes, 7),
             }
         )
     return rows
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# -- checks done once -------------------------------------------------------------------------------------------------
+_VERIFIED: set[Path] = set()
+
+
+def verified_path(store: Store, what: Mapping[str, Any]) -> Path:
+    """Where the store notes that a model or a defense has passed its checks."""
+    return store.root / "checked" / f"{content_key(what)[:24]}.json"
+
+
+def _once(path: Path, check: Callable[[], list[Finding]]) -> None:
+    """Run a check that the store has no note of; what it finds is kept there."""
+    if path in _VERIFIED:
+        return
+    if not path.exists():
+        found = check()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps([asdict(f) for f in found]), encoding="utf-8")
+        temporary.replace(path)
+    _VERIFIED.add(path)
+
+
+def _model_check(target: Target) -> dict[str, Any]:
+    return {"check": "model", "version": 1, "model": target.model.identity(), "data": target.data_identity()}
+
+
+def verify_model(store: Store, target: Target, model: TargetModel, batch: Batch) -> None:
+    """Checks V19, V25 and V26 of a model on its first clean batch, once in a store.
+
+    Raises:
+        CheckError: see `bench.checks.model_findings`.
+    """
+    rng = ImageRNG.for_images("model check", batch.ids)
+    _once(
+        verified_path(store, _model_check(target)),
+        lambda: model_findings(model, f"model '{target.model.name}'", batch, rng),
+    )
+
+
+def verify_defense(store: Store, cell: Cell, defense: Any, batch: Batch) -> None:
+    """Check V13 of a defense on one image, once in a store for each dataset.
+
+    Raises:
+        CheckError: see `bench.checks.check_defense`.
+    """
+    what = {
+        "check": "defense",
+        "version": 1,
+        "defense": cell.defense.identity(),
+        "data": cell.target.data_identity(),
+    }
+    defense.check_input((int(batch.images.shape[-2]), int(batch.images.shape[-1])))
+
+    def check() -> list[Finding]:
+        check_defense(defense, batch.images[:1], ImageRNG.for_images("defense check", batch.ids[:1]))
+        return []
+
+    _once(verified_path(store, what), check)
+
+
+def noted_findings(store: Store, target: Target) -> list[Finding]:
+    """What `verify_model` found out about a model."""
+    try:
+        noted = json.loads(verified_path(store, _model_check(target)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [Finding(**entry) for entry in noted]
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
@@ -372,7 +514,12 @@ def _load(source: Any, device: str) -> TargetModel:
     model: TargetModel = source.load(torch.device(device))
     if model.training or any(p.requires_grad for p in model.parameters()):
         raise CheckError(f"model '{source.name}' is not frozen: expected eval() and requires_grad_(False)")
+    _DIGESTS[id(model)] = digest(model)
     return model
+
+
+#: id of a loaded model -> its weights' checksum when it was loaded; `_load` renews it with the id.
+_DIGESTS: dict[int, tuple[int, ...]] = {}
 
 
 def load_model(target: Target, device: torch.device) -> TargetModel:
@@ -510,13 +657,17 @@ def git_state() -> dict[str, Any]:
 __all__ = [
     "BenchError",
     "Manifest",
+    "broken",
     "cell_record",
     "craft_record",
     "environment",
+    "noted_findings",
     "overwrite",
     "pending",
     "run_cell",
     "run_craft",
     "run_plan",
+    "verify_defense",
+    "verify_model",
     "work",
 ]

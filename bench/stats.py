@@ -25,6 +25,7 @@ __all__ = [
     "estimate",
     "mcnemar",
     "paired_difference",
+    "paired_scores",
     "wilson",
     "worst_case",
 ]
@@ -141,6 +142,40 @@ def paired_difference(
 
     interval = _percentiles(_resample(values, n, seed, samples), level)
     return Difference(metric.value(prepared) - metric.value(baseline), *interval)
+
+
+def paired_scores(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> Difference:
+    """Mean of first - second over the same images; its interval excludes 0 only when chance does not explain it.
+
+    Student's paired interval; for 0/1 scores it is widened to hold 0 unless the exact McNemar test rejects, for other
+    scores unless three images differ.
+
+    Args:
+        first, second: (n,) scores of the same images in the same order.
+        level: coverage.
+
+    Raises:
+        ValueError: unequal lengths.
+    """
+    _check_level(level)
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(
+            f"expected two sequences of equal length, got shapes {first.shape} and {second.shape}"
+        )
+    n = len(first)
+    if n < 2:
+        return Difference(float((first - second).mean()) if n else math.nan, -math.inf, math.inf)
+    delta = first - second
+    value = float(delta.mean())
+    half = float(scipy_stats.t.ppf(0.5 + level / 2, n - 1) * delta.std(ddof=1) / math.sqrt(n))
+    low, high = value - half, value + half
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        if mcnemar(first.tolist(), second.tolist()) >= 1 - level:
+            low, high = min(low, 0.0), max(high, 0.0)
+    elif np.count_nonzero(delta) < 3:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Difference(value, low, high)
 
 
 def mcnemar(first: Sequence[bool | int], second: Sequence[bool | int]) -> float:

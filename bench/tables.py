@@ -165,7 +165,7 @@ def _plural(count: int) -> str:
 
 
 def _explained(flag: str) -> str:
-    return f"{flag} ({FLAGS[flag]})" if flag in FLAGS else flag
+    return f"{flag} ({FLAGS[flag].text})" if flag in FLAGS else flag
 
 
 def _checked(lines: pd.DataFrame) -> pd.DataFrame:

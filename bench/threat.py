@@ -32,7 +32,11 @@ LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box", "ad
 
 @dataclass
 class Trace:
-    """What the oracle saw of one image: passes, and the health of its gradients (checks V3 and V15)."""
+    """What the oracle saw of one image: passes, and the health of its gradients (checks V3, V14 and V15).
+
+    `zeros` sums the shares of exactly zero entries over the steps, `first_max` is the largest entry of the first
+    gradient, `values` are the objective's, one a step.
+    """
 
     forwards: int = 0
     backwards: int = 0
@@ -44,16 +48,34 @@ class Trace:
     first_loss: float = float("nan")
     last_loss: float = float("nan")
     best_loss: float = float("-inf")
+    zeros: float = 0.0
+    first_max: float = float("nan")
+    values: list[float] = field(default_factory=list)
 
-    def add(self, value: float, zero: bool, finite: bool) -> None:
-        """Record one gradient step."""
+    def add(self, value: float, zero: float, finite: bool, largest: float = float("nan")) -> None:
+        """Record one gradient step; `zero` is the share of its entries that are exactly zero, `largest` the largest."""
+        self.values.append(value)
+        self.zeros += zero
+        zero = zero == 1
         if self.steps == 0:
-            self.first_loss, self.first_zero = value, zero
+            self.first_loss, self.first_zero, self.first_max = value, zero, largest
         self.steps += 1
         self.zero += int(zero)
         self.nonfinite += int(not finite)
         self.last_loss, self.last_zero = value, zero
         self.best_loss = max(self.best_loss, value)
+
+    def record(self) -> dict[str, Any]:
+        """What is stored: the counts, `sparse` (mean share of zero entries) and `tail_gain` (the last tenth's gain)."""
+        values = self.values
+        tail = -(-(len(values) - 1) // 10)
+        return {
+            "forwards": self.forwards, "backwards": self.backwards, "steps": self.steps, "zero": self.zero,
+            "nonfinite": self.nonfinite, "first_zero": self.first_zero, "last_zero": self.last_zero,
+            "first_loss": self.first_loss, "last_loss": self.last_loss, "best_loss": self.best_loss,
+            "sparse": self.zeros / self.steps if self.steps else 0.0, "first_max": self.first_max,
+            "tail_gain": values[-1] - values[-1 - tail] if len(values) > 1 else 0.0,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,9 +174,10 @@ class ModelOracle:
                 trace.backwards += 1
         flat = grad.flatten(1)
         finite = torch.isfinite(flat).all(1).tolist()
-        zero = (flat == 0).all(1).tolist()
-        for trace, v, z, f in zip(self.traces, value.tolist(), zero, finite, strict=True):
-            trace.add(v, z, f)
+        zero = ((flat == 0).sum(1) / flat.shape[1]).tolist()
+        largest = flat.abs().amax(1).tolist() if any(not t.steps for t in self.traces) else [0.0] * len(flat)
+        for trace, v, z, f, m in zip(self.traces, value.tolist(), zero, finite, largest, strict=True):
+            trace.add(v, z, f, m)
         return Gradient(value, grad)
 
     def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:

@@ -91,8 +91,11 @@ class Training:
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """Everything the weights are a function of."""
-        seen = bool(self.attacks) or objective(self.recipe.objective, dict(self.recipe.objective_args)).guided
-        return self.recipe.payload(
+        losses = objective(self.recipe.objective, dict(self.recipe.objective_args))
+        seen = bool(self.attacks) or losses.guided
+        # Files by digest, not by path.
+        recipe = self.recipe.but(objective_args={**self.recipe.objective_args, **losses.files()})
+        return recipe.payload(
             self.source.identity() if seen else None,
             {
                 "task": self.source.task,
@@ -107,7 +110,7 @@ class Training:
     @functools.cached_property
     def key(self) -> str:
         """SHA-256 of the payload."""
-        return self.recipe.key(**{k: self.payload[k] for k in ("target", "data", "adversary")})
+        return content_key(self.payload)
 
     def find(self, folders: Sequence[Path]) -> tuple[Path | None, str]:
         """The checkpoint, and why there is none.
@@ -260,6 +263,7 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
     at = f"{source}, roles.{role}"
     name, params, _ = split_spec(binding.model, f"{at}.model")
     model: ModelSource = MODELS.create(name, params, f"{at}.model")
+    role = _shared(profile, role, model.task)
     where, settings = _settings(profile, role, model.task)
     data = _dataset(profile, role, settings.dataset, f"{source}, training.{where}.dataset")
     sized = _sized(recipe(recipe_name), recipe_name, settings, f"{source}, training.{where}.recipes")
@@ -273,6 +277,18 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
             f"{source}, training.{where}.images: {images} images asked for, {data.name} has {len(data)}"
         )
     return Training(recipe_name, sized.but(seed=seed), profile, role, model, data, images, settings)
+
+
+def _shared(profile: Profile, role: str, task: str) -> str:
+    """The first role with the same model and training images as `role`: they have their checkpoints in common."""
+
+    def learned_from(name: str) -> Any:
+        data, params, _ = split_spec(profile.roles[name].dataset, f"roles.{name}.dataset")
+        settings = _settings(profile, name, task)[1]
+        return {"name": data, **params, **settings.dataset}, settings
+
+    model, wanted = profile.roles[role].model, learned_from(role)
+    return next(r for r, b in profile.roles.items() if b.model == model and learned_from(r) == wanted)
 
 
 def _settings(profile: Profile, role: str, task: str) -> tuple[str, TrainingSettings]:
@@ -366,6 +382,7 @@ def train(
             "rebuild": training.command,
             "seconds": round(before + time.perf_counter() - began),
             "payload": training.payload,
+            "chosen": dict(trainer.objective.chosen),
         }
         # What is scored is what is written, rounding included; it is found by others only once it is complete.
         draft = folder / "unscored.safetensors"

@@ -115,6 +115,21 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
 
 
+def test_an_attack_without_gradients_needs_none_of_the_defense(bench: Run, grid: Path) -> None:
+    block = {
+        "roles": ["classification"],
+        "defenses": ["jpeg"],
+        "attacks": ["square"],
+        "threats": ["white_box"],
+    }
+    square = {"name": "square", "eps": "16/255", "queries": 20}
+    grid.write_text(yaml.safe_dump({**GRID, "attacks": {"square": square}, "blocks": [block], "tables": []}))
+    run(bench, grid)
+    cell = make_plan(Options(grid)).cell("classification / jpeg / square / white_box")
+    rows = cell_record(Store(grid.parent / "store"), cell).read_rows()
+    assert len(rows) == 12 and sum(row["craft_forwards"] for row in rows) > 12
+
+
 def test_the_second_run_computes_nothing_and_prints_the_same(bench: Run, grid: Path) -> None:
     arguments = ("run", "--grid", str(grid), "--store", "s", "--out", "o")
     first = bench(*arguments)

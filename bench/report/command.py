@@ -1,0 +1,160 @@
+"""`python -m bench report`: options, where the lines come from, where the files go. Heavy imports wait for the call."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bench.errors import GridError, StoreError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bench.grid import Grid
+    from bench.report.pictures import Example
+
+LOG = logging.getLogger(__name__)
+PAGE = "report.html"
+PLOTS = "plots"
+
+
+def report_command(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder with results.csv, such as results/table1; with --grid, where to write.",
+            show_default=False,
+        ),
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option("--grid", "-g", help="Grid whose stored rows to report, with versions and pictures."),
+    ] = None,
+    store: Annotated[
+        Path,
+        typer.Option(
+            "--store", envvar="BENCH_STORE", help="Folder of cached results and adversarial images."
+        ),
+    ] = Path(".bench"),
+    profile: Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most N images per role.")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Cells per role shown as pictures; 0 = none.")] = 4,
+    image: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Position of the pictured image in its dataset; default: the first one right when clean.",
+        ),
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to; default: the one with the results.")
+    ] = None,
+    plugin: Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")] = [],  # noqa: B006
+) -> None:
+    """Write results as one HTML page that needs nothing else, and its plots as PNG and SVG; runs nothing."""
+    from bench.cli import _open, _options
+    from bench.frame import VOLATILE, cell_frame
+    from bench.report.page import Source, render_page
+    from bench.report.plots import make_plots
+    from bench.tables import _save
+
+    examples: list[Example] = []
+    omitted: list[str] = []
+    versions: dict[str, str] = {}
+    if grid is not None:
+        from bench.report.pictures import examples_of, versions_of
+
+        if not store.is_dir():
+            raise StoreError(f"--store: there is no folder {store}; run the grid first, or give results/NAME")
+        plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+        lines = _plain(cell_frame(plan, opened).drop(columns=list(VOLATILE)))
+        if not (lines["n"] > 0).any():
+            raise StoreError(f"store {store} holds no results of {grid}: run the grid first")
+        versions = versions_of(plan, opened)
+        if pictures:
+            examples, omitted = examples_of(plan, opened, lines, pictures, image)
+        source = Source(grid, plan.grid, plan.profile, limit, tuple(str(p) for p in plugin))
+        target = out_dir or folder or Path("results") / plan.grid.name
+    elif folder is not None:
+        lines = read_results(folder)
+        path, found = _grid_of(str(lines["grid"].iloc[0]))
+        source = Source(path, found, None, _limit(lines, found), tuple(str(p) for p in plugin))
+        target = out_dir or folder
+    else:
+        raise GridError("give a folder of results, such as results/table1, or --grid FILE")
+
+    plots = make_plots(lines)
+    rule = "the first that its model gets right when it is clean" if image is None else f"number {image}"
+    page = render_page(lines, source, plots, examples, omitted, versions, rule)
+    for plot in plots:
+        _save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
+        _save(target / PLOTS / f"{plot.name}.png", plot.png)
+    _save(target / PAGE, page.encode())
+    typer.echo(
+        f"wrote {target / PAGE} ({len(page.encode()) / 1000:,.0f} kB) and {len(plots)} plots", err=True
+    )
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """The lines in `folder`/results.csv.
+
+    Raises:
+        StoreError: no such folder or file, or no lines in it.
+    """
+    from bench.report.page import STATUS
+    from bench.tables import LEVELS, read_long
+
+    if not folder.is_dir():
+        parent = folder.parent
+        near = [p.as_posix() for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        raise StoreError(unknown("folder of results", folder.as_posix(), near))
+    path = folder / "results.csv"
+    if not path.is_file():
+        raise StoreError(f"{folder} has no results.csv: expected a folder that `bench run` wrote")
+    lines = read_long(path)
+    if not len(lines):
+        raise StoreError(f"{path} has no lines")
+    for column, known in (("level", LEVELS), ("status", STATUS)):
+        for value in set(lines[column]) - set(known):
+            raise StoreError(f"{path}: {unknown(column, value, known)}")
+    return lines
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without ordered categories: as a file of results is read."""
+    return frame.astype(dict.fromkeys(frame.select_dtypes("category"), object))
+
+
+def _grid_of(name: str) -> tuple[Path | None, Grid | None]:
+    """The shipped grid file of this name; (None, None) when there is none."""
+    from bench.errors import BenchError
+    from bench.grid import GRIDS, load_grid, read_yaml
+
+    for path in sorted(GRIDS.rglob("*.yaml")):
+        if "profiles" in path.relative_to(GRIDS).parts:
+            continue
+        try:
+            if read_yaml(path).get("name") == name:
+                return path.relative_to(GRIDS.parent), load_grid(path)
+        except BenchError as error:
+            LOG.warning("grid file skipped: %s", error)
+    return None, None
+
+
+def _limit(lines: pd.DataFrame, grid: Grid | None) -> int | None:
+    """The --limit that gives the images of `lines`, None when the grid's own numbers do.
+
+    The largest number of images of any role is such a limit: the other roles have no more, for reasons of their own.
+    """
+    largest = int(lines["n_total"].max())
+    if grid is None:
+        return largest
+    for _, line in lines.drop_duplicates("role").iterrows():
+        asked = grid.images.get(str(line["role"]), grid.images.get(str(line["task"])))
+        if asked is None or int(line["n_total"]) < asked:
+            return largest
+    return None

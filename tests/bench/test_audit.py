@@ -1,0 +1,220 @@
+"""Every planted fault is found, nothing else is, and the report says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench.audit import Audit, audit, extended, extras, grid_of, report
+from bench.checks import FLAGS
+from bench.cli import main
+from bench.errors import BenchError, GridError
+from bench.frame import cell_frame
+from bench.plan import Options, Plan, make_plan
+from bench.runner import pending
+from bench.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+EPS = "20/255"
+STEPS = {"eps": EPS, "alpha": "5/255", "steps": 12}
+PROFILE = """
+name: planted
+roles:
+  classification: {dataset: {name: toy_images, size: 40}, model: toy_linear}
+  saturated: {dataset: {name: toy_images, size: 40}, model: {name: planted_model, fault: saturated, base: toy_linear}}
+  swapped: {dataset: {name: toy_images, size: 40}, model: {name: planted_model, fault: swapped, base: toy_linear}}
+"""
+GRID: dict[str, Any] = {
+    "name": "planted",
+    "profile": "profile.yaml",
+    "plugins": [str(ROOT / "tests" / "plugins" / "toy.py"), str(ROOT / "grids" / "audit_plugins.py")],
+    "evaluate": {"repeats": 2},
+    "defenses": {
+        "jpeg": {"name": "jpeg", "quality": 90},
+        "random": {"name": "noise", "eps": "8/255"},
+        "quantise": "planted_quantise",
+        "global": "planted_global_noise",
+    },
+    "attacks": {
+        "noise": {"name": "noise", "eps": EPS},
+        "pgd": {"name": "pgd", **STEPS},
+        "bim": {"name": "bim", **STEPS},
+        "fgsm": {"name": "fgsm", "eps": EPS},
+        "few": {"name": "bim", "eps": EPS, "alpha": "3/255", "steps": 2},
+        "descent": {"name": "planted_descent", **STEPS},
+        "clean_start": {"name": "planted_clean_start", **STEPS},
+        "overshoot": {"name": "planted_overshoot", **STEPS},
+        "meddler": {"name": "planted_meddler", **{**STEPS, "steps": 1}},
+    },
+    "blocks": [
+        {"roles": ["classification"], "defenses": ["none"], "threats": ["oblivious"],
+         "attacks": ["noise", "pgd", "bim", "fgsm", "few", "descent", "clean_start", "overshoot", "meddler"]},
+        {"roles": ["classification"], "defenses": ["jpeg"], "attacks": ["noise", "pgd"],
+         "threats": ["oblivious", "bpda"]},
+        {"roles": ["classification"], "defenses": ["random"], "attacks": ["noise", "bim"],
+         "threats": [{"level": "white_box", "eot": 8}]},
+        {"roles": ["classification"], "defenses": ["random"], "attacks": ["pgd"],
+         "threats": [{"level": "white_box", "eot": 1}]},
+        {"roles": ["classification"], "defenses": ["quantise"], "attacks": ["noise", "pgd"],
+         "threats": ["bpda", "white_box"]},
+        {"roles": ["classification"], "defenses": ["global"], "attacks": ["pgd"], "threats": ["white_box"]},
+        {"roles": ["saturated", "swapped"], "defenses": ["none"], "attacks": ["noise", "pgd"],
+         "threats": ["oblivious"]},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the planted grid has run."""
+    where = tmp_path_factory.mktemp("audit")
+    (where / "profile.yaml").write_text(PROFILE)
+    (where / "planted.yaml").write_text(yaml.safe_dump({**GRID, "profile": str(where / "profile.yaml")}))
+    arguments = ["--store", str(where / "s"), "--out", str(where / "o"), "--workers", "1", "-q"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--grid", str(where / "planted.yaml"), *arguments])
+    assert stopped.value.code == 2  # the planted hard failures
+    return where
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path) -> Plan:
+    return make_plan(Options(folder / "planted.yaml"))
+
+
+@pytest.fixture(scope="module")
+def judged(folder: Path, plan: Plan) -> Audit:
+    return audit(plan, Store(folder / "s"))
+
+
+def suspicions(result: Audit) -> dict[tuple[str, ...], set[str]]:
+    return {
+        (c.target.role, c.defense_label, c.attack_label, c.level): {f.flag for f in found if f.suspect}
+        for c, found in result.suspect
+    }
+
+
+def test_planted_faults_are_found_and_sound_cells_are_not(judged: Audit) -> None:
+    role = "classification"
+    found = suspicions(judged)
+    swapped = found.pop(("swapped", "none", "clean", "clean"))
+    assert swapped == {"channels-swapped"}
+    found = {key: flags for key, flags in found.items() if key[0] != "swapped"}
+    assert found.pop(("saturated", "none", "pgd", "oblivious")) >= {"zero-gradient"}
+    assert found.pop((role, "quantise", "pgd", "white_box")) >= {"zero-gradient", "full-gradient-suspect"}
+    assert found.pop((role, "random", "pgd", "white_box")) == {"no-eot"}
+    assert found.pop((role, "none", "few", "oblivious")) >= {"fails-unit-test"}
+    assert found.pop((role, "none", "descent", "oblivious")) >= {"below-noise", "fails-unit-test"}
+    assert found.pop((role, "none", "clean_start", "oblivious")) >= {
+        "zero-gradient",
+        "unchanged",
+        "below-noise",
+    }
+    assert found == {}
+
+
+def test_what_breaks_the_rules_is_stopped(judged: Audit) -> None:
+    reasons = {(c.defense_label, c.attack_label): reason for c, reason in judged.stopped}
+    assert set(reasons) == {
+        ("none", "overshoot"),
+        ("none", "meddler"),
+        ("global", "clean"),
+        ("global", "pgd"),
+    }
+    assert "moved by" in reasons["none", "overshoot"]
+    assert "changed weights" in reasons["none", "meddler"]
+    assert "random numbers must come from the rng" in reasons["global", "clean"]
+
+
+def test_the_report_gives_reason_numbers_and_next_step(judged: Audit, plan: Plan) -> None:
+    text = "\n".join(report(judged, plan))
+    assert (
+        "4 stopped by a hard check" in text and "STOPPED  classification / none / meddler / oblivious" in text
+    )
+    assert "V6 below-noise: random noise of the same eps" in text and "leaves a score of 1.000, noise" in text
+    assert "V13 no-eot" in text and "next: threats: [{level: white_box, eot: 20}]" in text
+    assert "Not checked (python -m bench audit --grid" in text and "V7: 2 and 5 times the steps" in text
+    assert "V20: minimal perturbations on a noise defense: no cell here needs or allows it" in text
+
+
+def test_flags_are_in_the_rows_and_notes_are_not(folder: Path, plan: Plan, judged: Audit) -> None:
+    frame = cell_frame(plan, Store(folder / "s"))
+    flags = {flag for flags in frame["flags"] for flag in flags}
+    assert {"zero-gradient", "no-eot", "below-noise", "full-gradient-suspect"} <= flags
+    assert all(FLAGS[flag].level == "flag" for flag in flags)
+    assert "still-rising" in judged.flags("classification", "none", "few")
+    defended = frame[
+        (frame["defense"] == "jpeg") & (frame["status"] == "ok") & (frame["attack"] != "worst case")
+    ]
+    assert (defended["cost"] > 1).all()
+
+
+def test_the_command_exits_with_1_and_reads_results_folders(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(folder / "planted.yaml"), "--store", str(folder / "s")])
+    assert stopped.value.code == 1 and "SUSPECT" in capsys.readouterr().out
+    assert grid_of(Path("results/table1")) == ROOT / "grids" / "table1.yaml"
+    with pytest.raises(GridError, match="did you mean 'table1'"):
+        grid_of(Path("results/tabel1"))
+
+
+def test_nothing_run_is_no_pass(folder: Path, plan: Plan) -> None:
+    with pytest.raises(BenchError, match=r"nothing of .* has run: python -m bench run --grid"):
+        audit(plan, Store(folder / "empty"))
+
+
+@pytest.fixture(scope="module")
+def costly(folder: Path) -> tuple[Plan, Audit]:
+    """A part of the grid with its extra cells."""
+    part = {
+        **GRID,
+        "profile": str(folder / "profile.yaml"),
+        "blocks": [
+            {"roles": ["classification"], "defenses": ["none"], "attacks": ["bim", "few"], "threats": ["oblivious"]},
+            {"roles": ["classification"], "defenses": ["quantise"], "attacks": ["pgd"], "threats": ["white_box"]},
+        ],
+    }  # fmt: skip
+    grid = folder / "costly.yaml"
+    grid.write_text(yaml.safe_dump(part))
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "audit",
+                "--grid",
+                str(grid),
+                "--store",
+                str(folder / "s"),
+                "--costly",
+                "-q",
+                "--audit-images",
+                "16",
+            ]
+        )
+    plan = make_plan(Options(grid))
+    return plan, audit(plan, Store(folder / "s"), 16)
+
+
+def test_extra_cells_find_what_needs_more_effort(costly: tuple[Plan, Audit]) -> None:
+    found = suspicions(costly[1])
+    masked = found.pop(("classification", "quantise", "pgd", "white_box"))
+    assert masked >= {"unbounded-not-broken", "query-beats-gradient"}
+    few = found.pop(("classification", "none", "few", "oblivious"))
+    assert few >= {"not-converged", "below-single-step"}
+    assert found == {}
+    assert costly[1].unchecked == {}
+
+
+def test_extra_cells_are_in_no_table_and_run_once(folder: Path, costly: tuple[Plan, Audit]) -> None:
+    plan, _ = costly
+    store = Store(folder / "s")
+    whole = extended(plan, 16)
+    assert len(whole.cells) == len(plan.cells) + len(extras(plan, 16)) and pending(whole, store)[0] == []
+    frame = cell_frame(plan, store)
+    assert not any("(" in str(name) for name in frame["attack"])
+    for extra in extras(plan, 16):
+        assert len(extra.cell.target.ids) == 16 and extra.cell.target.ids == extra.parent.target.ids

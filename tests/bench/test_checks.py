@@ -1,0 +1,255 @@
+"""The automatic checks one by one: what must fire does, and what is legitimate does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.audit import unit_test, vary
+from bench.checks import (
+    FLAGS,
+    Finding,
+    check_defense,
+    check_frozen,
+    craft_findings,
+    digest,
+    model_findings,
+)
+from bench.errors import CheckError
+from bench.protocols import Attack, Batch, Defense, Geometry, ImageRNG, TargetModel
+from bench.registry import ATTACKS
+from bench.stats import paired_scores
+from bench.threat import Trace
+
+
+def trace(*values: float, zeros: Sequence[float] = (), **changes: Any) -> dict[str, Any]:
+    """What is stored of a craft whose objective took these values."""
+    made = Trace()
+    for step, value in enumerate(values):
+        made.add(value, zeros[step] if zeros else 0.0, True, 1.0)
+    return {**made.record(), "linf": 8 / 255, **changes}
+
+
+def flags(name: str, infos: Sequence[dict[str, Any]], **more: Any) -> set[str]:
+    params = more.pop("params", {})
+    return {f.flag for f in craft_findings(ATTACKS.create(name, params), infos, **more)}
+
+
+RISING = (1.0, 3.0, 4.0, 4.5, 4.6, 4.61, 4.62, 4.625, 4.628, 4.63, 4.631, 4.632)
+
+
+def test_a_craft_in_good_health_has_no_findings() -> None:
+    assert flags("pgd", [trace(*RISING)] * 20) == set()
+
+
+def test_zero_gradients_of_images_that_are_done_are_no_masking() -> None:
+    """A hinge has no gradient once the image is fooled; while it is right, the gradient must not vanish."""
+    ended = [trace(1, 3, 3, zeros=(0, 0, 1))] * 20
+    assert flags("bim", ended, scores=[0.0] * 20) == set()
+    assert flags("bim", ended, scores=[1.0] * 20) == {"zero-gradient"}
+    assert flags("bim", ended) == set()  # judged on another pipeline: nothing follows from what is left there
+    assert flags("dag", ended, scores=[0.5] * 20) == set()
+    start = [trace(1, 1, 1, zeros=(1, 1, 1))]
+    assert flags("bim", start * 20) == {"zero-gradient"}
+    assert flags("bim", start + [trace(*RISING)] * 19) == {"some-zero-gradient"}
+
+
+def test_images_with_nothing_to_attack_are_left_out() -> None:
+    still = trace(0, 0, zeros=(1, 1), linf=0.0)
+    infos, empty = [still] * 15 + [trace(*RISING)] * 5, [True] * 15 + [False] * 5
+    assert flags("bim", infos, empty=empty) == {"nothing-to-attack"}
+    assert flags("bim", infos) == {"zero-gradient", "unchanged"}
+
+
+def test_only_attacks_that_keep_failures_are_flagged_as_unchanged() -> None:
+    infos = [trace(*RISING, linf=0.0), *[trace(*RISING)] * 9]
+    assert flags("bim", infos) == {"unchanged"}
+    assert flags("apgd", infos) == {"unchanged"}
+    assert flags("apgd", infos, params={"failed": "clean"}) == set()
+
+
+def test_a_falling_objective_is_flagged_unless_the_attack_declares_it() -> None:
+    fell = [trace(3, 2, 1)] * 10
+    assert "loss-fell" in flags("bim", fell)
+    assert flags("pgd", fell, params={"restarts": 2}) == set()
+    for name in ("segpgd", "sea", "ddn", "dag"):
+        assert "loss-fell" not in flags(name, fell), name
+
+
+def test_the_course_of_the_objective() -> None:
+    assert flags("bim", [trace(1, 2)] * 4) == {"still-rising"}
+    assert flags("bim", [trace(*range(30))] * 4) == {"still-rising"}
+    assert flags("bim", [trace(1, 9, 8, 5, 5, 5, 5, 5)] * 4) == {"last-not-best"}
+
+
+def test_sparse_and_tiny_gradients() -> None:
+    assert flags("bim", [trace(1, 2, 3, 3, 3, zeros=[0.995] * 5)] * 4) == {"sparse-gradient"}
+    assert flags("bim", [trace(1, 2, 3, 3, 3, first_max=1e-20)] * 4) == {"gradient-underflow"}
+    assert flags("bim", [trace(1, 2, 3, 3, 3, nonfinite=1)] * 4) == {"nonfinite-gradient"}
+
+
+def test_records_of_an_older_store_are_read() -> None:
+    old = {k: v for k, v in trace(*RISING).items() if k not in ("sparse", "first_max", "tail_gain")}
+    assert flags("pgd", [old] * 5) == set()
+
+
+def test_every_flag_says_what_to_do() -> None:
+    for name, flag in FLAGS.items():
+        assert flag.text and flag.next and flag.check.startswith("V"), name
+        assert Finding(name).suspect == (flag.level == "flag")
+
+
+# -- paired comparisons -----------------------------------------------------------------------------------------------
+def test_a_paired_difference_needs_more_than_chance() -> None:
+    one, zero = np.ones(20), np.zeros(20)
+    few = one.copy()
+    few[:3] = 0
+    assert paired_scores(one, few).low <= 0 < paired_scores(one, few).value  # McNemar: 2 * 0.5^3 = 0.25
+    some = one.copy()
+    some[:6] = 0
+    gap = paired_scores(one, some)  # 2 * 0.5^6 = 0.03
+    assert gap.low > 0 and gap.value == pytest.approx(0.3)
+    assert paired_scores(zero, zero) == (0, 0, 0)
+    # Student's interval by hand: mean 0.2, standard deviation 0.1, t(0.975, 2) = 4.3027.
+    gap = paired_scores(np.array([0.4, 0.5, 0.6]), np.array([0.3, 0.3, 0.3]))
+    assert gap.value == pytest.approx(0.2)
+    assert gap.high - gap.low == pytest.approx(2 * 4.30265 * 0.1 / 3**0.5, rel=1e-4)
+    with pytest.raises(ValueError, match="equal length"):
+        paired_scores(one, np.ones(3))
+
+
+# -- models and defenses ----------------------------------------------------------------------------------------------
+class Net(TargetModel):
+    """Classes by colour: red against blue."""
+
+    task = "classification"
+    losses = ("ce",)
+    num_classes = 2
+
+    def __init__(self, swapped: bool = False, factor: float = 1.0, jitter: bool = False) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.swapped, self.factor, self.jitter = swapped, factor, jitter
+        self.eval().requires_grad_(False)
+
+    def logits(self, images: Tensor, *, geometry: Geometry | None = None) -> Tensor:
+        x = self.norm(images.flip(1) if self.swapped else images).flatten(2).mean(2)
+        if self.factor != 1:
+            x = x.detach() + self.factor * (x - x.detach())
+        if self.jitter:
+            x = x + torch.rand_like(x)
+        return 3 * torch.stack([x[:, 0] - x[:, 2], x[:, 2] - x[:, 0]], 1)
+
+    def loss(
+        self, images: Tensor, targets: Sequence[Any], kind: str, *,
+        geometry: Geometry | None = None, rng: ImageRNG | None = None,
+    ) -> Tensor:  # fmt: skip
+        return torch.nn.functional.cross_entropy(
+            self.logits(images), torch.tensor(list(targets)), reduction="none"
+        )
+
+    def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Any]:
+        return self.logits(images).argmax(1).tolist()
+
+
+def coloured(n: int = 12) -> Batch:
+    labels = [i % 2 for i in range(n)]
+    images = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.2
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label] += 0.4
+    return Batch(images, tuple(labels), tuple(str(i) for i in range(n)))
+
+
+def judge(net: Net) -> list[Finding]:
+    batch = coloured()
+    return model_findings(net, "net", batch, ImageRNG.for_images("m", batch.ids))
+
+
+def test_a_sound_model_passes_and_swapped_colours_are_seen() -> None:
+    assert judge(Net()) == []
+    assert [f.flag for f in judge(Net(swapped=True))] == ["channels-swapped"]
+
+
+def test_a_wrong_gradient_and_a_loss_of_its_own_mind_stop() -> None:
+    with pytest.raises(CheckError, match=r"gradient of net is off by .* from finite differences"):
+        judge(Net(factor=0.5))
+    with pytest.raises(CheckError, match="differs between two calls"):
+        judge(Net(jitter=True))
+
+
+def test_boxes_outside_the_image_stop() -> None:
+    class Boxes:
+        def corners(self) -> list[list[float]]:
+            return [[0, 0, 300, 5]]
+
+    batch = coloured(1)
+    with pytest.raises(CheckError, match="boxes leave the 6 x 6 image"):
+        model_findings(Net(), "net", Batch(batch.images, (Boxes(),), batch.ids), ImageRNG([1]))
+
+
+def test_a_changed_model_is_noticed() -> None:
+    net = Net()
+    before = digest(net)
+    check_frozen(net, before, "net", "x")
+    net.norm.running_mean += 1e-6  # type: ignore[operator]
+    with pytest.raises(CheckError, match="x changed weights or statistics of net"):
+        check_frozen(net, before, "net", "x")
+    before = digest(net)
+    net.norm.train()
+    with pytest.raises(CheckError, match="x left net in training mode"):
+        check_frozen(net, before, "net", "x")
+
+
+def test_a_defense_must_draw_from_its_rng() -> None:
+    class Hidden(Defense):
+        def forward(self, images: Tensor, *args: Any) -> Tensor:
+            return (images + 0.1 * torch.rand_like(images)).clamp(0, 1)
+
+    class Open(Defense):
+        stochastic = True
+
+        def forward(self, images: Tensor, *args: Any) -> Tensor:
+            return (images + 0.1 * args[0].signs(images.shape[1:])).clamp(0, 1)
+
+    image = torch.full((1, 3, 4, 4), 0.5)
+    state = torch.get_rng_state()
+    check_defense(Open(), image, ImageRNG([3]))
+    with pytest.raises(CheckError, match="gives different images for `stochastic` False"):
+        check_defense(Hidden(), image, ImageRNG([3]))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# -- V18 and variations -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("fgsm", {}), ("bim", {"steps": 4, "alpha": "3/255"}), ("pgd", {}), ("mi_fgsm", {}), ("dim_ti", {}),
+        ("pgd", {"norm": "l2", "eps": "1/2", "alpha": "1/8"}), ("apgd", {"steps": 20}), ("pgd", {"loss": "margin"}),
+    ],
+)  # fmt: skip
+def test_planted_perturbations_are_found(name: str, params: dict[str, Any]) -> None:
+    assert unit_test(ATTACKS.create(name, params)) == 1.0
+
+
+def test_planted_perturbations_are_missed_by_weak_attacks() -> None:
+    assert unit_test(ATTACKS.create("bim", {"steps": 2, "alpha": "1/255"})) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("segpgd", {}), ("ddn", {}), ("noise", {}), ("pgd", {"target": "next"}), ("dag", {})]
+)
+def test_where_the_unit_test_has_no_meaning(name: str, params: dict[str, Any]) -> None:
+    assert unit_test(ATTACKS.create(name, params)) is None
+
+
+def test_vary_changes_what_an_attack_has() -> None:
+    attack: Attack = ATTACKS.create("bim", {"eps": "4/255", "alpha": "1/255", "steps": 5})
+    more = vary(attack, steps=10)
+    assert more is not None and more.params == {**attack.params, "steps": 10} and more.eps == Fraction(4, 255)
+    assert vary(attack, restarts=5) is None and vary(attack, steps=0) is None

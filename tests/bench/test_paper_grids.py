@@ -1,0 +1,174 @@
+"""The grids of the papers' tables: they plan, they cover what is printed, and their parameters are the papers'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.errors import BenchError, MissingCheckpoint
+from bench.frame import cell_frame
+from bench.grid import GRIDS, load_grid, load_profile, read_yaml, split_spec
+from bench.paper import Value, compare, frame_metric, layout, table_ids, values
+from bench.plan import Options, make_plan
+from bench.registry import DATASETS, MODELS
+from bench.tables import build, selected
+from defenses._learned import Learned
+
+PAPERS = sorted((GRIDS / "papers").glob("*.yaml"))
+NOT_COVERED = read_yaml(GRIDS.parent / "results" / "paper" / "not_covered.yaml")
+# Adversarially trained targets whose weights may not have been built -> what has the same task.
+SIBLINGS = {
+    "mini_resnet_at": "mini_resnet", "mini_resnet_trades": "mini_resnet", "mini_resnet_free": "mini_resnet",
+    "mini_pspnet_sat": "mini_pspnet", "mini_ssd_mtd": "mini_ssd",
+}  # fmt: skip
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of checkpoints that are not there; a grid plans in spite of them."""
+    names: list[str] = []
+    placed, identity = Learned.placed, Learned.identity
+
+    def tolerant(self: Learned, site: Any) -> Any:
+        try:
+            return placed(self, site)
+        except MissingCheckpoint as error:
+            stand_in = copy.copy(self)
+            stand_in.source = error.trainings[0].name
+            names.append(stand_in.source)
+            return stand_in
+
+    def named(self: Learned) -> dict[str, Any]:
+        return identity(self) if self.ready else {"name": self.name, "missing": self.source}
+
+    monkeypatch.setattr(Learned, "placed", tolerant)
+    monkeypatch.setattr(Learned, "identity", named)
+    yield names
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini profile, targets that are not there replaced."""
+    text = (GRIDS / "profiles" / "mini.yaml").read_text(encoding="utf-8")
+    for name, sibling in SIBLINGS.items():
+        try:
+            MODELS.create(name, {}).identity()
+        except BenchError:
+            text = text.replace(f"model: {name}}}", f"model: {sibling}}}")
+    path = tmp_path_factory.mktemp("profile") / "mini.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _key(value: Value) -> tuple[Any, ...]:
+    spec = layout(f"{value.paper}/{value.table}")
+    part = next((p.title for p in spec.panels if _has(value, p.where)), "")
+    rows, columns = (" / ".join(filter(None, spec.label(value, axis))) for axis in (spec.rows, spec.columns))
+    return part, rows, columns, frame_metric(value)
+
+
+def _has(value: Value, where: Mapping[str, Any]) -> bool:
+    return all(getattr(value, k) in (v if isinstance(v, list | tuple) else [v]) for k, v in where.items())
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_grid_covers_its_table_but_for_what_is_named(path: Path, profile: Path, missing: list[str]) -> None:
+    plan = make_plan(Options(path, profile=str(profile)))
+    assert plan.grid.name == path.stem
+    frame = cell_frame(plan, None)
+    covered: set[tuple[Any, ...]] = set()
+    compared = set()
+    for spec in plan.grid.tables:
+        build(frame, spec)
+        if spec.paper is not None:
+            lines = compare(selected(frame, spec), spec.paper)
+            lines = lines[lines["status"] != "skip"]
+            covered.update(zip(lines["part"], lines["row"], lines["column"], lines["metric"], strict=True))
+            compared.add(str(spec.paper["table"]))
+    paper, _, number = path.stem.partition("_")
+    if not number.startswith("table"):
+        assert not compared
+        return
+    assert compared == {f"{paper}/{number}"}
+    for value in values(paper):
+        if value.table == number and value.text:
+            reasons = [
+                e["reason"] for e in NOT_COVERED.get(f"{paper}/{number}", []) if _has(value, e["where"])
+            ]
+            assert len(reasons) <= 1
+            assert (_key(value) in covered) != bool(reasons), (value, reasons)
+    if missing:
+        print(f"{path.stem}: not trained yet: {', '.join(sorted(set(missing)))}")
+
+
+def test_every_table_has_a_grid_or_a_reason() -> None:
+    grids = {path.stem.replace("_", "/", 1) for path in PAPERS}
+    for id in table_ids():
+        assert id in grids or id == "hgd/table6"
+    assert set(NOT_COVERED) <= set(table_ids())
+
+
+def test_both_profiles_bind_every_role() -> None:
+    mini, paper = load_profile("mini")[0], load_profile("paper")[0]
+    used = {
+        role
+        for path in PAPERS
+        for block in load_grid(path).blocks
+        for role in [*block.roles, *(s for threat in block.threats for s in threat.sources)]
+    }
+    assert used <= set(mini.roles) and used == set(paper.roles)
+    for role, binding in paper.roles.items():
+        tasks = set()
+        for registry, spec in ((DATASETS, binding.dataset), (MODELS, binding.model)):
+            name, params, _ = split_spec(spec, role)
+            tasks.add(registry.create(name, params, role).task)
+        assert len(tasks) == 1
+
+
+def test_roles_with_equal_data_and_model_share_checkpoints() -> None:
+    from defenses.training.session import plan_training
+
+    assert plan_training("mini", "cifar10_vgg19", "cafd").name == "cafd-mini-source"
+    for role in ("cifar100_resnet50", "imagenet_inc_v3"):
+        there, here = plan_training("mini", role, "hgd"), plan_training("mini", "classification", "hgd")
+        assert (there.name, there.key) == (here.name, here.key)
+    assert plan_training("mini", "cifar10_wrn34", "hgd").role == "wideresnet"
+    assert plan_training("mini", "voc0712_ssd", "hgd").role == "ssd"
+
+
+SPOTS = [
+    # Typed from the papers and their code.
+    ("cafd_table1", "attacks", "pgd_n", {"name": "pgd", "eps": "8/255", "alpha": "0.01", "steps": 40}),
+    ("cafd_table1", "attacks", "ddn_n", {"steps": 100, "gamma": "0.05", "initial_norm": "1", "levels": 256}),
+    ("cafd_table1", "attacks", "ti_dim_n", {"kernel": 15, "sigmas": 3, "prob": "0.5", "decay": 1, "steps": 40}),
+    ("cafd_table1", "defenses", "tvm_w0.003", {"weight": "0.003"}),
+    ("cafd_table3", "attacks", "pgd_n_it10", {"steps": 10, "eps": "8/255"}),
+    ("cafd_fig6", "attacks", "pgd_n-16", {"eps": "16/255"}),
+    ("alignment_table1", "attacks", "pgd", {"eps": "0.031", "alpha": "0.0075", "steps": 8}),
+    ("alignment_table2", "attacks", "bim", {"eps": "0.03", "alpha": "0.01", "steps": 4}),
+    ("alignment_table7", "attacks", "cls_loc", {"loss": "cls+loc", "eps": "8/255"}),
+    ("nrp_table1", "attacks", "dim_ti", {"eps": "16/255", "alpha": "8/1275", "steps": 10, "prob": "0.7"}),
+    ("nrp_table2", "defenses", "tvm_w10", {"weight": 10, "weight_is": "bregman"}),
+    ("nrp_table4", "attacks", "ssp-16", {"eps": "16/255", "alpha": "0.01", "steps": 100}),
+    ("hgd_table3", "attacks", "ifgsm4-16", {"eps": "16/255", "alpha": "4/255", "steps": 4, "labels": "predicted"}),
+    ("hgd_table3", "defenses", "fgd", {"recipe": "hgd_features"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grid", "kind", "label", "expected"), SPOTS)
+def test_parameters_are_the_papers(grid: str, kind: str, label: str, expected: dict[str, Any]) -> None:
+    spec = getattr(load_grid(GRIDS / "papers" / f"{grid}.yaml"), kind)[label]
+    for name, value in expected.items():
+        assert _number(spec[name]) == _number(value), name
+
+
+def _number(value: Any) -> Any:
+    try:
+        return Fraction(str(value))
+    except ValueError:
+        return value

@@ -1,0 +1,403 @@
+"""Reports: what is on the page, what its plots show, and how it behaves in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from bench.checks import FLAGS
+from bench.cli import main
+from bench.report.page import MEANINGS
+from bench.report.plots import main_lines, make_plots
+from bench.tables import LEVELS
+from tests.bench.browser import MISSING, Browser
+from tests.bench.test_run import GRID
+
+PARAMS = {"alpha": "2/255", "loss": "ce", "norm": "linf"}
+
+
+def line(defense: str, attack: str, level: str, value: float | None, **other: Any) -> dict[str, Any]:
+    there = value is not None
+    swept = re.fullmatch(r"pgd-(\d+)-(\d+)", attack)
+    params = {**PARAMS, "eps": f"{swept[1]}/255", "steps": int(swept[2])} if swept else {}
+    return {
+        "grid": "nowhere", "profile": "mini", "cell": "" if attack == "worst case" else f"{defense}{attack}{level}",
+        "role": "digits", "task": "classification", "dataset": "toy", "model": "net", "defense": defense,
+        "attack": attack, "level": level, "level_label": level, "seed": 3, "image_format": "float",
+        "metric": "accuracy", "unit": "%", "higher_is_better": True, "value": value if there else "",
+        "low": max(value - 0.05, 0) if there else "", "high": min(value + 0.05, 1) if there else "",
+        "n": 40 if there else 0, "n_total": 40, "repeats": 1, "value_worst": "",
+        "status": "ok" if there else "skip", "reason": "" if there else "no true gradient", "flags": "",
+        "attack_name": "pgd" if swept else "", "attack_params": json.dumps(params),
+        "defense_params": json.dumps({"name": defense, "params": {"strength": 7}, "version": 1}),
+        "weights": json.dumps({"sha256": "ab" * 32}), "forwards": 120, "backwards": 80, "linf_max": 0.03,
+    } | other  # fmt: skip
+
+
+def made() -> pd.DataFrame:
+    """Two defenses; the second holds until the attacker knows of it. Names that need escaping."""
+    lines = []
+    for defense, clean, oblivious, bpda in (("none", 0.95, 0.05, 0.05), ("<b>&blur", 0.9, 0.6, 0.1)):
+        lines.append(line(defense, "clean", "clean", clean))
+        for eps in (2, 4, 8):
+            lines.append(line(defense, f"pgd-{eps}-10", "oblivious", oblivious + (8 - eps) / 100))
+            lines.append(line(defense, f"pgd-{eps}-10", "bpda", bpda + (8 - eps) / 100))
+        lines.append(line(defense, "pgd-8-20", "bpda", bpda, flags="below-noise"))
+        lines.append(line(defense, "pgd-8-40", "bpda", bpda))
+        lines.append(line(defense, "pgd-8-10", "white_box", None))
+        lines.append(line(defense, "worst case", "oblivious", oblivious))
+        lines.append(line(defense, "worst case", "bpda", bpda))
+        lines.append(line(defense, "worst case", "adaptive", bpda))
+    errors = [{**x, "metric": "error_rate", "higher_is_better": False} for x in lines]
+    for x in errors:
+        if x["value"] != "":
+            x.update(value=1 - x["value"], low=1 - x["high"], high=1 - x["low"])
+    return pd.DataFrame([x for pair in zip(lines, errors, strict=True) for x in pair])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    made().to_csv(folder / "results.csv", index=False)
+    main(["report", str(folder)])
+    return folder
+
+
+class Outline(HTMLParser):
+    """Balance of tags, addresses that would be fetched, ids, and rows of tables."""
+
+    VOID = {"meta", "link", "br", "input", "img"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.fetched += [v for k, v in attrs if v and (k == "src" or (k == "href" and tag == "link"))]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+def test_the_page_is_whole_and_alone(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    outline = Outline(text)
+    assert outline.stack == []
+    assert len(outline.ids) == len(set(outline.ids))
+    assert all(address.startswith("data:") for address in outline.fetched)
+    assert "@import" not in text and "url(http" not in text
+    # What is a name in the results is no markup in the page.
+    assert "<b>&blur" not in text and "&lt;b&gt;&amp;blur" in text
+    assert FLAGS["below-noise"] in text and "no true gradient" in text
+    for level in ("oblivious", "bpda", "white_box", "adaptive"):
+        assert MEANINGS[level] in text
+    assert tuple(MEANINGS) == LEVELS
+
+
+def test_worst_cases_and_the_gap(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    table = text[text.index('id="worst-table"') : text.index("</table>")]
+    rows = re.findall(r"<tbody>(.*?)</tbody>", table, re.S)
+    values = [re.findall(r'data-v="([^"]*)"', row) for row in rows]
+    # clean, oblivious, bpda, white_box (no worst case: not run), adaptive, gap
+    assert values == [
+        ["95.0", "5.0", "5.0", "", "5.0", "+0.0"],
+        ["90.0", "60.0", "10.0", "", "10.0", "-50.0"],
+    ]
+
+
+def test_no_gap_without_an_attacker_who_knows(tmp_path: Path) -> None:
+    lines = made()
+    kept = lines[~lines["level"].isin(["bpda", "white_box"])]
+    kept.to_csv(tmp_path / "results.csv", index=False)
+    main(["report", str(tmp_path)])
+    text = (tmp_path / "report.html").read_text()
+    assert "digits (no attacker who knows the defense)" in text
+    table = text[text.index('id="worst-table"') : text.index("</table>")]
+    assert [v[-1] for v in (re.findall(r'data-v="([^"]*)"', r) for r in table.split("<tbody>")[1:])] == [
+        "",
+        "",
+    ]
+
+
+def test_commands_can_be_pasted(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    shown = re.search(r'<pre class="command"><code>(.*?)</code>', text, re.S)
+    assert shown is not None
+    words = shlex.split(shown[1])
+    assert words == [
+        "python", "-m", "bench", "run", "--grid", "nowhere.yaml", "--profile", "mini", "--seed", "3", "--limit", "40"
+    ]  # fmt: skip
+
+
+def test_plots_hold_the_numbers(folder: Path) -> None:
+    names = {
+        "levels-digits",
+        "scatter-digits",
+        "eps-digits-pgd-oblivious",
+        "eps-digits-pgd-bpda",
+        "steps-digits-pgd-bpda",
+    }
+    assert {path.stem for path in (folder / "plots").glob("*.svg")} == names
+    for path in (folder / "plots").iterdir():
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+                assert min(image.size) > 300
+        else:
+            assert ET.parse(path).getroot().tag.endswith("svg")
+    by_name = {plot.name: plot for plot in make_plots(read(folder))}
+    assert "<b>&blur 60.0 to 10.0" in by_name["levels-digits"].text
+    assert "<b>&blur 90.0 and 10.0" in by_name["scatter-digits"].text
+    assert "none 11.0 at 2, 9.0 at 4, 5.0 at 8" in by_name["eps-digits-pgd-oblivious"].text
+    assert "none 5.0 at 10, 5.0 at 20, 5.0 at 40" in by_name["steps-digits-pgd-bpda"].text
+    for plot in by_name.values():
+        # The same bytes each time, and colours that follow the page's.
+        assert (folder / "plots" / f"{plot.name}.svg").read_text() == plot.svg
+        assert "#1f1f1f" not in plot.inline() and "currentColor" in plot.inline()
+
+
+def read(folder: Path) -> pd.DataFrame:
+    from bench.report.command import read_results
+
+    return read_results(folder)
+
+
+def test_seeds_are_averaged_in_plots(folder: Path) -> None:
+    lines = read(folder)
+    other = lines.assign(seed=4, value=lines["value"] + 0.02, high=lines["high"] + 0.02)
+    merged = main_lines(pd.concat([lines, other], ignore_index=True))
+    alone = main_lines(lines)
+    assert set(merged["metric"]) == {"accuracy"} and len(merged) == len(alone)
+    assert (merged["value"] - alone["value"]).round(9).eq(0.01).all()
+    assert merged["low"].equals(alone["low"]) and (merged["high"] - alone["high"]).round(9).eq(0.02).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a folder of results"),
+        (["{tmp}/repot"], "did you mean"),
+        (["{tmp}/empty"], "has no results.csv"),
+        (["{tmp}/bad"], "not a table of results: no column"),
+        (["{tmp}/params"], "attack_params: expected a JSON mapping"),
+        (["{tmp}/level"], "unknown level 'whitebox': did you mean 'white_box'?"),
+        (["{tmp}/none"], "has no lines"),
+        (["--grid", "grids/tabel1.yaml", "--store", "{tmp}"], "unknown grid file"),
+        (["--grid", "grids/table1.yaml", "--store", "{tmp}/absent"], "there is no folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    for name in ("report", "empty", "bad", "params", "level", "none"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bad" / "results.csv").write_text("a,b\n1,2\n")
+    made().assign(attack_params="{").to_csv(tmp_path / "params" / "results.csv", index=False)
+    made().assign(level="whitebox").to_csv(tmp_path / "level" / "results.csv", index=False)
+    made().iloc[:0].to_csv(tmp_path / "none" / "results.csv", index=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *(a.format(tmp=tmp_path) for a in arguments)])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in printed and printed.count("\n") == 1
+
+
+def test_from_a_store_with_pictures(tmp_path: Path) -> None:
+    block = {
+        "roles": ["classification"],
+        "defenses": ["none", "jpeg"],
+        "attacks": ["pgd"],
+        "threats": ["oblivious"],
+    }
+    grid = tmp_path / "toy.yaml"
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [block], "evaluate": {"repeats": 1}}))
+    common = [
+        "--grid",
+        str(grid),
+        "--store",
+        str(tmp_path / "s"),
+        "--out",
+        str(tmp_path / "o"),
+        "--limit",
+        "3",
+    ]
+    main(["run", *common, "-q"])
+    main(["report", *common])
+    text = (tmp_path / "o" / "report.html").read_text()
+    pictures = re.findall(
+        r'<figure id="(picture-\d)".*?src="data:image/png;base64,([^"]+)" alt="([^"]*)"', text, re.S
+    )
+    assert [name for name, _, _ in pictures] == ["picture-0", "picture-1"]
+    assert all("attacked, purified:" in alt for _, _, alt in pictures)
+    assert 'href="#picture-1"' in text and "torch 2" in text
+    assert f"--grid {grid} --profile" in text and "--limit 3" in text
+    # The pictured image is one that is right when clean, so that what the attack does is seen.
+    truth, clean = (re.search(rf"{part}: (\w+)", pictures[0][2]) for part in ("ground truth", "; clean"))
+    assert truth is not None and clean is not None and truth[1] == clean[1]
+    # The stored lines and the written ones make the same rows.
+    main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "again")])
+    again = (tmp_path / "again" / "report.html").read_text()
+    rows = [re.findall(r'<td data-l="score"[^>]*>.*?</td>', page, re.S) for page in (text, again)]
+    assert rows[0] == rows[1] and len(rows[0]) > 3
+
+
+# -- in a browser ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if MISSING is not None:
+        pytest.skip(MISSING)
+    found = Browser(tmp_path_factory.mktemp("browser"))
+    yield found
+    found.quit()
+
+
+@pytest.fixture()
+def page(browser: Browser, folder: Path) -> Browser:
+    browser.size(1280, 900)
+    browser.open(folder / "report.html")
+    return browser
+
+
+SHOWN = "return [...document.querySelectorAll('#cells-table tbody')].filter((t) => t.offsetHeight)"
+COUNT = "return document.getElementById('count').textContent"
+
+
+def column(page: Browser, table: str, place: int) -> list[str]:
+    script = (
+        "const [table, place] = arguments;"
+        "return [...document.querySelector(table).tBodies].map((t) => t.rows[0].cells[place].dataset.v)"
+    )
+    found: list[str] = page.run(script, table, place)
+    return found
+
+
+def test_browser_fetches_nothing_and_says_nothing(browser: Browser, folder: Path) -> None:
+    browser.open(Path("/dev/null"))
+    browser.requests()
+    browser.log("browser")
+    browser.open(folder / "report.html")
+    asked = [address for address in browser.requests() if not address.startswith("data:")]
+    assert asked == [(folder / "report.html").resolve().as_uri()]
+    browser.click("#cells-table thead th:nth-child(5) button")
+    browser.type("#search", "pgd")
+    browser.click("#cells-table .more")
+    assert browser.log("browser") == []
+    assert all(address.startswith("data:") for address in browser.requests())
+
+
+def test_sorting(page: Browser) -> None:
+    for table, place in (("#cells-table", 4), ("#worst-table", 4)):
+        order = column(page, table, place)
+        head = f"{table} thead th:nth-child({place + 1})"
+        numbers = sorted(float(v) for v in order if v)
+        missing = [v for v in order if not v]
+        page.click(f"{head} button")
+        assert column(page, table, place) == [*map(str, numbers), *missing]
+        assert page.run("return document.querySelector(arguments[0]).ariaSort", head) == "ascending"
+        page.click(f"{head} button")
+        assert column(page, table, place) == [*map(str, reversed(numbers)), *missing]
+        page.click(f"{head} button")
+        assert column(page, table, place) == order
+
+
+def choose(page: Browser, select: str, value: str) -> None:
+    page.run(
+        "const s = document.querySelector(arguments[0]); s.value = arguments[1];"
+        "s.dispatchEvent(new Event('input', {bubbles: true})); return s.value",
+        select, value,
+    )  # fmt: skip
+
+
+def test_filtering(page: Browser) -> None:
+    total = 2 * 13
+    assert page.run(COUNT) == f"{total} of {total} cells"
+    choose(page, "[data-filter=level]", "bpda")
+    assert page.run(COUNT) == f"12 of {total} cells"
+    assert page.run(SHOWN + ".length") == 12
+    choose(page, "[data-filter=defense]", "<b>&blur")
+    assert page.run(SHOWN + ".map((t) => t.dataset.defense + t.dataset.level)") == ["<b>&blurbpda"] * 6
+    page.type("#search", "below-NOISE steps")
+    assert page.run(SHOWN + ".map((t) => t.dataset.attack)") == ["pgd-8-20"]
+    choose(page, "[data-filter=state]", "skipped")
+    assert page.run(COUNT) == f"0 of {total} cells"
+    page.click("#filters button[type=reset]")
+    page.run("return new Promise((done) => setTimeout(done, 50))")
+    assert page.run(COUNT) == f"{total} of {total} cells"
+
+
+def test_unfolding(page: Browser) -> None:
+    more = "#cells-table tbody:nth-of-type(2) .more"
+    detail = "return document.querySelector('#cells-table tbody:nth-of-type(2) .detail')"
+    assert page.run(detail + ".offsetHeight") == 0
+    page.click(more)
+    text = page.run(detail + ".innerText")
+    for part in (
+        "eps = 2/255",
+        "strength = 7",
+        "ab" * 32,
+        "120 forward",
+        "error_rate",
+        "bench run",
+        "bench show",
+    ):
+        assert part in text
+    assert page.run("return document.querySelector(arguments[0]).ariaExpanded", more) == "true"
+    page.click(more)
+    assert page.run(detail + ".offsetHeight") == 0
+
+
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_no_width_is_too_small(page: Browser, width: int) -> None:
+    page.size(width, 800)
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    page.run("document.querySelector('#cells-table .more').click()")
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    if width < 640:
+        # Cards: no heading to click, so a list to sort by.
+        choose(page, "#sort-by", "4 descending")
+        assert column(page, "#cells-table", 4)[0] == "95.0"
+        assert page.run("return document.getElementById('sort-by').offsetHeight") > 0
+
+
+def test_light_dark_and_print(page: Browser) -> None:
+    color = "return getComputedStyle(document.body).backgroundColor"
+    seen = []
+    for scheme in ("light", "dark"):
+        page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        seen.append(page.run(color))
+    page.cdp("Emulation.setEmulatedMedia", media="print", features=[])
+    page.size(700, 1000)  # A4 less its margins
+    try:
+        assert seen[0] == "rgb(255, 255, 255)" != seen[1]
+        assert page.run("return document.getElementById('filters').offsetHeight") == 0
+        for table in ("worst-table", "cells-table"):
+            width, height = page.run(
+                f"const t = document.getElementById('{table}'); return [t.scrollWidth, t.scrollHeight]"
+            )
+            assert 0 < width <= 700 and height > 0
+    finally:
+        page.cdp("Emulation.setEmulatedMedia", media="", features=[])
