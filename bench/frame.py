@@ -66,10 +66,25 @@ def load_rows(record: Record, ids: Sequence[str]) -> list[dict[str, Any]]:
     return [{**row, "stats": json.loads(row["stats"]), "scores": json.loads(row["scores"])} for row in rows]
 
 
+def task_metrics(task_name: str) -> tuple[str, ...]:
+    """The metrics of a task: its own, headline first, then whatever else is registered for it."""
+    own = task_instance(task_name).metrics
+    return (*own, *(n for n in METRICS.names() if METRICS.resolve(n).task == task_name and n not in own))
+
+
+def _summary_key(cell: Cell, ids: Sequence[str]) -> dict[str, Any]:
+    return {
+        "ids": list(ids),
+        "version": SUMMARY_VERSION,
+        "seed": cell.seed,
+        "metrics": task_metrics(cell.target.task),
+    }
+
+
 def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> list[dict[str, Any]]:
     """Value and 95 % interval of every metric of the task over `rows`."""
     out = []
-    for name in task_instance(task_name).metrics:
+    for name in task_metrics(task_name):
         metric: Metric = METRICS.create(name)
         repeated = _Repeated(metric)
         prepared = repeated.prepare(rows)
@@ -144,7 +159,7 @@ def _model_name(cell: Cell) -> str:
 
 def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
     lines = []
-    for name in task_instance(cell.target.task).metrics:
+    for name in task_metrics(cell.target.task):
         metric: Metric = METRICS.create(name)
         lines.append(
             {
@@ -187,7 +202,7 @@ def _cell_lines(
 
 def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
     ids = [i for i in cell.target.ids if i in record.done()]
-    name = "summary-" + content_key({"ids": ids, "version": SUMMARY_VERSION, "seed": cell.seed})[:16]
+    name = "summary-" + content_key(_summary_key(cell, ids))[:16]
     known = record.note(name)
     if known is not None:
         return dict(known)
@@ -235,7 +250,7 @@ def _lowest(
     reach = [worst_case({key: rows[key] for key in group}).rows for group in groups] + list(rows.values())
     summaries: dict[int, list[dict[str, Any]]] = {}
     lines = []
-    for place, name in enumerate(task_instance(cell.target.task).metrics):
+    for place, name in enumerate(task_metrics(cell.target.task)):
         metric = _Repeated(METRICS.create(name))
         sign = 1.0 if metric.metric.higher_is_better else -1.0
         values = [sign * metric.value(metric.prepare(candidate)) for candidate in reach]
@@ -283,7 +298,7 @@ def _worst_lines(
     parts: dict[str, list[str]] = {}
     for cell in cells:
         parts.setdefault(cell.level_label, []).append(cell.key)
-    key = {"ids": ids, "version": SUMMARY_VERSION, "seed": first.seed, "cells": list(parts.values())}
+    key = {**_summary_key(first, ids), "cells": list(parts.values())}
     name = "worst-" + content_key(key)[:16]
     metrics = record.note(name)
     if metrics is None:

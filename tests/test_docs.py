@@ -67,7 +67,6 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     tables: tuple[dict[str, Any], ...] = (PURIFIERS, OBJECTIVES, RECIPES)
     before = [dict(table) for table in tables]
-    monkeypatch.setattr(Classification, "metrics", Classification.metrics)
     for name, text in MODULES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     for name, text in YAML.items():
