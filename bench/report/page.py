@@ -111,7 +111,7 @@ def render_page(
         worst=_worst(cells),
         levels=[level for level in LEVELS if any(c["level"] == level for c in cells)],
         meanings=MEANINGS,
-        flags={flag: FLAGS.get(flag, "") for cell in cells for flag in cell["flags"]},
+        flags={flag: FLAGS[flag].text if flag in FLAGS else "" for cell in cells for flag in cell["flags"]},
         choices={
             name: list(dict.fromkeys(cell[name] for cell in cells))
             for name in ("role", "defense", "attack", "level", "state", "image_format")
