@@ -371,7 +371,7 @@ def test_comparison_as_text() -> None:
         ({"where": {"datset": "SVHN"}}, "paper: where: unknown field 'datset': did you mean 'dataset'"),
         (
             {"where": {"dataset": "CIFAR-100"}},
-            "paper: where: unknown dataset 'CIFAR-100': available: CIFAR-10, SVHN",
+            "paper: where: unknown dataset 'CIFAR-100': did you mean 'CIFAR-10'? available: CIFAR-10, SVHN",
         ),
         ({"where": "SVHN"}, "paper: where: expected fields of a printed value"),
         (
