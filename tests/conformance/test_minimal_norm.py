@@ -113,9 +113,10 @@ def mini():
         ("deepfool_linf", {}, "LinfDeepFoolAttack", {}),
         (
             "cw_l2",
-            {"steps": 30, "binary_search_steps": 2, "initial_c": 0.2},
+            # Early abort is per image here and by the whole batch there.
+            {"steps": 30, "binary_search_steps": 2, "initial_c": 0.2, "abort_early": False},
             "L2CarliniWagnerAttack",
-            {"steps": 30, "binary_search_steps": 2, "initial_const": 0.2},
+            {"steps": 30, "binary_search_steps": 2, "initial_const": 0.2, "abort_early": False},
         ),
     ],
 )
