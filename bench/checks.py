@@ -231,11 +231,14 @@ def check_adversarials(attack: Attack, clean: Tensor, adversarial: Tensor, ids: 
 
 # -- models and defenses ----------------------------------------------------------------------------------------------
 def digest(module: torch.nn.Module) -> tuple[int, ...]:
-    """The number of modules in training mode, then a cheap checksum of each parameter and buffer."""
+    """The number of modules in training mode, then a cheap checksum of each parameter and buffer.
+
+    Buffers that are not saved with the weights do not count: they hold what is looked up or derived on first use.
+    """
     training = sum(m.training for m in module.modules())
     out = []
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in module.state_dict().values():
             data = tensor.detach().contiguous().reshape(-1)
             whole = data.view(torch.int32 if data.element_size() == 4 else torch.uint8)
             out.append(whole.sum(dtype=torch.int64))

@@ -193,6 +193,14 @@ def test_boxes_outside_the_image_stop() -> None:
         model_findings(Net(), "net", Batch(batch.images, (Boxes(),), batch.ids), ImageRNG([1]))
 
 
+def test_what_is_looked_up_on_first_use_is_no_change() -> None:
+    net = torch.nn.Linear(2, 2)
+    net.register_buffer("table", torch.empty(0), persistent=False)
+    before = digest(net)
+    net.table = torch.ones(3)
+    check_frozen(net, before, "net", "x")
+
+
 def test_a_changed_model_is_noticed() -> None:
     net = Net()
     before = digest(net)
