@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_table_is_the_committed_result() -> None:
+@pytest.mark.parametrize("name", ["table1", "defenses"])
+def test_the_table_is_the_committed_result(name: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- table1:begin -->")[1].split("<!-- table1:end -->")[0].strip()
-    assert shown == (ROOT / "results" / "table1" / "summary.md").read_text(encoding="utf-8").strip()
+    shown = text.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+    assert shown == (ROOT / "results" / name / "summary.md").read_text(encoding="utf-8").strip()
