@@ -283,7 +283,8 @@ def check_defense(defense: Defense, image: Tensor, rng: ImageRNG) -> None:
         for seed in (0, 1):
             torch.manual_seed(seed)
             outs.append(defense.purify(image, ImageRNG(rng.seeds)).images)
-    if not torch.equal(outs[0], outs[1]):
+    # More than what kernels may round otherwise from call to call.
+    if outs[0].shape != outs[1].shape or not torch.allclose(outs[0], outs[1], rtol=0, atol=1e-4):
         kind = "the same draws" if defense.stochastic else "`stochastic` False"
         raise CheckError(
             f"defense '{defense.name}' gives different images for {kind}: random numbers must come from the rng it is "
@@ -318,7 +319,8 @@ def model_findings(model: TargetModel, name: str, batch: Batch, rng: ImageRNG) -
     (grad,) = torch.autograd.grad(value.sum(), x)
     with torch.no_grad():
         again = loss(few.images, few, streams)
-        if not torch.allclose(again, value.detach(), rtol=1e-5, atol=1e-6):
+        # Kernels may round otherwise without gradients; another sample of boxes changes far more than this.
+        if not torch.allclose(again, value.detach(), rtol=1e-3, atol=1e-5):
             raise CheckError(
                 f"loss '{kind}' of {name} differs between two calls with the same images and draws"
             )
