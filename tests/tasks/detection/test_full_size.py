@@ -57,6 +57,12 @@ def coco_folder(root: Path) -> Path:
 def write_checkpoint(config: str, path: Path) -> None:
     torch.manual_seed(0)
     network = build_network("mmdet", load_config("mmdet", config), config)
+    from mmdet.models.necks.ssd_neck import L2Norm  # needs the operators that build_network installs
+
+    for module in network.modules():
+        if isinstance(module, L2Norm):
+            # Allocated and left to `init_weights`, which would look for pretrained weights.
+            torch.nn.init.constant_(module.weight, module.scale)
     history = HistoryBuffer()
     history.update(1.0)
     save_checkpoint(
@@ -77,7 +83,9 @@ def write_checkpoint(config: str, path: Path) -> None:
         ("retinanet_r50_fpn_1x_coco", [160, 128], "loc"),
     ],
 )
-def test_one_image_cell(tmp_path: Path, config: str, scale: list[int] | None, kind: str) -> None:
+def test_one_image_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, scale: list[int] | None, kind: str
+) -> None:
     checkpoint = tmp_path / f"{config}.pth"
     write_checkpoint(config, checkpoint)
     root = coco_folder(tmp_path / "coco")
@@ -123,7 +131,7 @@ def test_one_image_cell(tmp_path: Path, config: str, scale: list[int] | None, ki
     try:
         main([*arguments, "--workers", "1", "--device", "cpu", "--quiet"])
     except SystemExit as stop:
-        assert not stop.code
+        assert not stop.code, capsys.readouterr().err
     plan = make_plan(Options(grid))
     attacked = next(cell for cell in plan.cells if cell.craft is not None)
     images, infos = craft_record(Store(store), attacked.craft).read_images(["000000000139"])
