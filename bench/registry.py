@@ -25,7 +25,7 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -236,22 +236,40 @@ def load_entry_points() -> None:
 
 
 def parameter_model(cls: type) -> type[BaseModel]:
-    """A pydantic model of a plug-in's constructor arguments."""
+    """A pydantic model of a plug-in's constructor arguments.
+
+    A constructor that ends in `**rest` hands them to the next one up, whose parameters are then its own too.
+    """
     fields: dict[str, Any] = {}
-    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
-    if "__init__" in {name for klass in cls.__mro__[:-1] if _is_plugin_class(klass) for name in vars(klass)}:
+    passed_on = False
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None or not _is_plugin_class(owner):
+            continue
+        passed_on = False
         hints = typing.get_type_hints(init, include_extras=True)
         for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise PluginError(f"{cls.__name__}: parameters must be named, not *args or **kwargs")
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                raise _unnamed(cls)
+            if parameter.kind is parameter.VAR_KEYWORD:
+                passed_on = True
+                continue
             if name not in hints:
                 raise PluginError(f"{cls.__name__}: parameter '{name}' needs a type annotation")
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (hints[name], default)
+            fields.setdefault(name, (hints[name], default))
+        if not passed_on:
+            break
+    if passed_on:
+        raise _unnamed(cls)
     config = ConfigDict(
         extra="forbid", arbitrary_types_allowed=True, validate_default=True, protected_namespaces=()
     )
     return create_model(cls.__name__, __config__=config, **fields)
+
+
+def _unnamed(cls: type) -> PluginError:
+    return PluginError(f"{cls.__name__}: parameters must be named, not *args or **kwargs")
 
 
 def jsonable(value: Any) -> Any:

@@ -53,12 +53,13 @@ class Learned(Defense):
         trained_for: role the checkpoint was trained for; None = the one it stands in front of. Another role makes a
             cross-model or cross-task cell.
         train_seed: seed of its training.
-        space: value range the network works in; None = what the checkpoint says, or `default_space`.
 
     Attributes:
         networks: names of the networks (`defenses.networks.build`) it can run.
         source: where weights come from, for messages.
         kind: name for messages.
+        space: value range the network works in.
+        fixed_space: the only one it can work in; None = what the checkpoint says, or `default_space`.
         meta: what the checkpoint says about itself: recipe, scores.
 
     Raises:
@@ -69,17 +70,17 @@ class Learned(Defense):
     networks: ClassVar[tuple[str, ...]]
     kind: ClassVar[str]
     default_space: ClassVar[Space] = "unit"
+    fixed_space: ClassVar[Space | None] = None
     source: ClassVar[str] = ""
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
-        weights: Path | None,
-        space: Space | None = None,
+        weights: Path | None = None,
         recipe: str | None = None,
         trained_for: str | None = None,
-        train_seed: int = 0,
+        train_seed: TrainSeed = 0,
     ) -> None:
         super().__init__()
         if weights is not None and (recipe is not None or trained_for is not None or train_seed != 0):
@@ -91,19 +92,29 @@ class Learned(Defense):
         self.network: torch.nn.Module | None = None
         self.sha256 = ""
         self.meta: dict[str, Any] = {}
-        recorded = None
+        self._path = ""
         if weights is not None:
             path = find(weights)
             loaded = load_state(path, hint=self._how())
             self.network = fitting(loaded, path, self.networks, self.kind)
-            self.sha256, self.meta = loaded.sha256, loaded.meta
-            recorded = loaded.meta.get("space")
-            if recorded is not None and recorded not in _MEAN_STD:
-                raise WeightsError(f"weights file {path} was trained in an unknown value range '{recorded}'")
-            if None not in (space, recorded) and space != recorded:
-                raise WeightsError(
-                    f"weights file {path} was trained in value range '{recorded}', but space is '{space}'"
-                )
+            self.sha256, self.meta, self._path = loaded.sha256, loaded.meta, str(path)
+        self.work_in(self.fixed_space)
+
+    def work_in(self, space: Space | None) -> None:
+        """Set the value range of the network; None = what the checkpoint says, or `default_space`.
+
+        Raises:
+            WeightsError: the checkpoint was trained in another one, or an unknown one.
+        """
+        recorded = self.meta.get("space")
+        if recorded is not None and recorded not in _MEAN_STD:
+            raise WeightsError(
+                f"weights file {self._path} was trained in an unknown value range '{recorded}'"
+            )
+        if None not in (space, recorded) and space != recorded:
+            raise WeightsError(
+                f"weights file {self._path} was trained in value range '{recorded}', but space is '{space}'"
+            )
         self.space: str = space or recorded or self.default_space
         mean, std = mean_std(self.space)
         self.register_buffer("mean", mean, persistent=False)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 
 
 @DEFENSES.register_module(name="alignment")
@@ -28,8 +27,7 @@ class Alignment(Learned):
     the generator.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         size: side at which the network runs; None = that of the images.
 
     Raises:
@@ -38,17 +36,14 @@ class Alignment(Learned):
 
     networks = ("global",)
     kind = "alignment"
-    default_space = "symmetric"
+    fixed_space = "symmetric"
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         size: Annotated[int, Field(ge=8)] | None = None,
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, "symmetric", recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
         self.size = size
 
     def purified(self, images: Tensor) -> Tensor:

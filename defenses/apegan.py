@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned, Space, TrainSeed
+from defenses._learned import Learned, Space
 
 
 @DEFENSES.register_module(name="apegan")
@@ -27,8 +26,7 @@ class APEGAN(Learned):
     Limitations: no gradient is masked.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         space: value range of the network; None = what the checkpoint says, else symmetric ([-1,1]).
         batch_norm: `running` or `image`.
 
@@ -42,14 +40,12 @@ class APEGAN(Learned):
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         space: Space | None = None,
         batch_norm: Literal["running", "image"] = "running",
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, space, recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
+        self.work_in(space)
         self.alone = batch_norm == "image"
         if self.network is not None and self.alone:
             for module in self.network.modules():

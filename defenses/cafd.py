@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from bench.registry import DEFENSES
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 
 
 @DEFENSES.register_module(name="cafd")
@@ -19,8 +17,7 @@ class CAFD(Learned):
     Limitations: no gradient is masked; the paper itself reports 95 % error under PGD through the denoiser.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
 
     Raises:
         WeightsError: the checkpoint is missing, unreadable or of another network.
@@ -28,12 +25,4 @@ class CAFD(Learned):
 
     networks = ("dunet",)
     kind = "cafd"
-
-    def __init__(
-        self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
-    ) -> None:
-        super().__init__(weights, "unit", recipe, trained_for, train_seed)
+    fixed_space = "unit"

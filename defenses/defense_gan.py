@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from bench.errors import NotApplicable
 from bench.protocols import ImageRNG
 from bench.registry import DEFENSES
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 from tasks.microbatch import micro_batches
 
 
@@ -37,8 +36,7 @@ class DefenseGAN(Learned):
     images lose most of their clean accuracy.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         R: random restarts.
         L: gradient steps.
         lr: learning rate of the search.
@@ -51,23 +49,20 @@ class DefenseGAN(Learned):
 
     networks = ("wgan",)
     kind = "defense_gan"
-    default_space = "symmetric"
+    fixed_space = "symmetric"
     differentiable = False
     stochastic = True
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         R: Annotated[int, Field(ge=1)] = 10,
         L: Annotated[int, Field(ge=1)] = 200,
         lr: Annotated[float, Field(gt=0)] = 10.0,
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.7,
         resize: bool = False,
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, "symmetric", recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
         self.R, self.L, self.lr, self.momentum, self.resize = R, L, lr, momentum, resize
 
     def check_input(self, size: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from bench.errors import PluginError
 from bench.protocols import ImageRNG
 from bench.registry import DEFENSES
 from bench.weights import sha256_file
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 from defenses.networks.diffusion import diffused, load_diffusers
 from tasks.microbatch import micro_batches
 
@@ -57,24 +57,22 @@ class DiffPure(Learned):
 
     networks = ("ddpm",)
     kind = "diffpure"
-    default_space = "symmetric"
+    fixed_space = "symmetric"
     source = "a folder of diffusers with an unconditional UNet2DModel will do"
     stochastic = True
 
     def __init__(
         self,
         weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         t_star: Annotated[float, Field(gt=0, le=1)] = 0.1,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
         steps: Annotated[int, Field(ge=1)] | None = None,
         clip_denoised: bool = False,
         surrogate_steps: Annotated[int, Field(ge=1)] | None = None,
+        **choice: Any,
     ) -> None:
         folder = weights is not None and weights.expanduser().is_dir()
-        super().__init__(None if folder else weights, "symmetric", recipe, trained_for, train_seed)
+        super().__init__(None if folder else weights, **choice)
         if folder:
             if self._choice != (self.kind, None, 0):
                 raise PluginError(

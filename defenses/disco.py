@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 
 
 @DEFENSES.register_module(name="disco")
@@ -26,8 +25,7 @@ class DISCO(Learned):
     Limitations: no gradient is masked. The paper's main tables are oblivious; with BPDA it reports much less.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         K: passes.
 
     Raises:
@@ -36,17 +34,14 @@ class DISCO(Learned):
 
     networks = ("disco",)
     kind = "disco"
-    default_space = "symmetric"
+    fixed_space = "symmetric"
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         K: Annotated[int, Field(ge=1)] = 1,
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, "symmetric", recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
         self.K = K
 
     def purified(self, images: Tensor) -> Tensor:

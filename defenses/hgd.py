@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from bench.registry import DEFENSES
-from defenses._learned import Learned, Space, TrainSeed
+from defenses._learned import Learned, Space
 
 
 @DEFENSES.register_module(name="hgd")
@@ -22,8 +22,7 @@ class HGD(Learned):
     Limitations: no gradient is masked. The paper evaluates obliviously: attacks do not see the denoiser.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         space: value range of the network; None = what the checkpoint says, else unit.
 
     Raises:
@@ -35,10 +34,8 @@ class HGD(Learned):
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         space: Space | None = None,
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, space, recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
+        self.work_in(space)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 
 from bench.protocols import ImageRNG, Pixels
 from bench.registry import DEFENSES
-from defenses._learned import Learned, TrainSeed
+from defenses._learned import Learned
 
 
 @DEFENSES.register_module(name="nrp")
@@ -29,8 +28,7 @@ class NRP(Learned):
     Limitations: no gradient is masked; the authors publish a script that goes through it.
 
     Args:
-        weights: checkpoint; None = the one trained by `recipe` for the role it stands in front of.
-        recipe, trained_for, train_seed: which one (`defenses._learned.Learned`).
+        weights, recipe, trained_for, train_seed: the checkpoint; see `defenses._learned.Learned`.
         dynamic: noise before the purifier.
         sigma: standard deviation of that noise.
         eps: radius of the ball it is projected to.
@@ -41,19 +39,17 @@ class NRP(Learned):
 
     networks = ("nrp", "nrp_resg", "unet")
     kind = "nrp"
+    fixed_space = "unit"
     source = "its authors publish NRP.pth and NRP_resG.pth"
 
     def __init__(
         self,
-        weights: Path | None = None,
-        recipe: str | None = None,
-        trained_for: str | None = None,
-        train_seed: TrainSeed = 0,
         dynamic: bool = False,
         sigma: Annotated[float, Field(ge=0)] = 0.05,
         eps: Pixels = Fraction(16, 255),
+        **checkpoint: Any,
     ) -> None:
-        super().__init__(weights, "unit", recipe, trained_for, train_seed)
+        super().__init__(**checkpoint)
         self.stochastic = dynamic
         self.sigma, self.eps = sigma, float(eps)
 

@@ -102,6 +102,34 @@ def test_parameters_without_annotation_are_refused(registry: PluginRegistry[Any]
         registry.create("untyped")
 
 
+def test_a_constructor_may_pass_the_rest_on(registry: PluginRegistry[Any]) -> None:
+    class Shared(Defense):
+        def __init__(self, size: int = 3, sigma: float = 1.0) -> None:
+            super().__init__()
+            self.size, self.sigma = size, sigma
+
+    @registry.register_module(name="own")
+    class Own(Shared):
+        def __init__(self, sigma: float = 2.0, steps: int = 1, **rest: Any) -> None:
+            super().__init__(sigma=sigma, **rest)
+            self.steps = steps
+
+    defense = registry.create("own", {"size": 5})
+    assert (defense.size, defense.sigma, defense.steps) == (5, 2.0, 1)
+    with pytest.raises(PluginError, match="'siz'.*'size'"):
+        registry.create("own", {"siz": 5})
+
+
+def test_a_rest_that_nobody_takes_is_refused(registry: PluginRegistry[Any]) -> None:
+    @registry.register_module(name="loose")
+    class Loose(Defense):
+        def __init__(self, **rest: Any) -> None:
+            super().__init__()
+
+    with pytest.raises(PluginError, match="parameters must be named"):
+        registry.create("loose")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("import nowhere_to_be_found", "failed to import: ModuleNotFoundError"), ("def (", "SyntaxError")],
