@@ -3,7 +3,9 @@
 `bpda` is the one place where Backward Pass Differentiable Approximation (Athalye, Carlini, Wagner, ICML 2018, section
 4.1) is built: the value is the defense's own, the gradient is its surrogate's at the same input. In a chain every
 member is treated so at the input it really got, hence the gradient of `[a, b]` at x is
-J_a(x)^T J_b(a(x))^T g with J the Jacobians of the surrogates.
+J_a(x)^T J_b(a(x))^T g with J the Jacobians of the surrogates. Only what has no gradient is replaced: in a chain that is
+not differentiable because of some members, the J of the others are their true ones. Otherwise a codec behind a learned
+purifier would hide the purifier too, from `white_box` by the codec and from `bpda` by the identity.
 """
 
 from __future__ import annotations
@@ -58,8 +60,16 @@ class Chain(Defense):
         return self._compose(lambda member, x, rng: member.purify(x, rng), images, *args)
 
     def surrogate(self, images: Tensor, *args: Any) -> Warped:
-        """The exact values of `forward`, with the gradient of each member's surrogate at that member's own input."""
-        return self._compose(bpda, images, *args)
+        """The exact values of `forward`, with the gradient of each member's surrogate at that member's own input.
+
+        Where some members have a gradient and others not, those that do keep theirs.
+        """
+        return self._compose(_backward_pass if self.mixed else bpda, images, *args)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some members are differentiable and others are not."""
+        return len({member.differentiable for member in self.members}) == 2
 
     def identity(self) -> dict[str, Any]:
         """Name and the identities of all members, in order."""
@@ -129,6 +139,11 @@ def bpda(defense: Defense, images: Tensor, rng: ImageRNG | None = None) -> Warpe
         )
     # The difference is exactly zero, so the sum is the exact value; adding (exact - stand_in) would round.
     return Warped(exact.images + (stand_in - stand_in.detach()), exact.geometry)
+
+
+def _backward_pass(member: Defense, images: Tensor, rng: ImageRNG | None) -> Warped:
+    """`bpda` for what has no gradient of its own."""
+    return member.purify(images, rng) if member.differentiable else bpda(member, images, rng)
 
 
 def _twin(rng: ImageRNG) -> ImageRNG:

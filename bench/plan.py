@@ -467,7 +467,7 @@ class _Planner:
             "oracle": {
                 "models": [source.model.identity() for source in sources] if attack.needs else [],
                 "defense": None if behind is None else behind.identity(),
-                "mode": mode,
+                "mode": "bpda where not differentiable" if mode == "bpda" and _mixed(behind) else mode,
                 "eot": eot,
             },
             "attack": attack.identity(),
@@ -477,6 +477,10 @@ class _Planner:
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def _mixed(defense: Defense | None) -> bool:
+    return isinstance(defense, Chain) and defense.mixed
 
 
 def _label(name: str, params: Mapping[str, Any]) -> str:

@@ -151,6 +151,19 @@ def test_bpda_of_a_chain_differentiates_each_surrogate_at_its_own_input(images):
     assert torch.equal(bpda(chain, images).images, chain.purify(images).images)
 
 
+def test_bpda_of_a_mixed_chain_replaces_only_what_has_no_gradient(images):
+    """Cube's surrogate is the identity: a chain that can be differentiated uses it, a mixed one must not."""
+    chain = Chain([Cube(), Floor()])
+    x, a = images, images**3
+    assert chain.mixed
+    assert torch.equal(bpda(chain, images).images, chain.purify(images).images)
+    expected = Floor()(a).cos() * (2 * a) * (3 * x**2)
+    assert torch.allclose(gradient(lambda x: bpda(chain, x), images), expected)
+    chain = Chain([Cube(), Square()])
+    assert not chain.mixed
+    assert torch.allclose(gradient(lambda x: bpda(chain, x), images), (images**6).cos() * 2 * images**3)
+
+
 def test_non_differentiable_member_makes_the_chain_so(images):
     chain = Chain([Square(), Floor()])
     assert not chain.differentiable and not chain.stochastic
