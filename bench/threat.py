@@ -173,10 +173,13 @@ class ModelOracle:
             for trace in self.traces:
                 trace.backwards += 1
         flat = grad.flatten(1)
-        finite = torch.isfinite(flat).all(1).tolist()
-        zero = ((flat == 0).sum(1) / flat.shape[1]).tolist()
+        # A finite sum has finite terms: the pass over every entry is for the images where it is not.
+        finite = flat.sum(1).isfinite()
+        if not finite.all():
+            finite = torch.isfinite(flat).all(1)
+        zero = (1 - flat.count_nonzero(1) / flat.shape[1]).tolist()
         largest = flat.abs().amax(1).tolist() if any(not t.steps for t in self.traces) else [0.0] * len(flat)
-        for trace, v, z, f, m in zip(self.traces, value.tolist(), zero, finite, largest, strict=True):
+        for trace, v, z, f, m in zip(self.traces, value.tolist(), zero, finite.tolist(), largest, strict=True):
             trace.add(v, z, f, m)
         return Gradient(value, grad)
 
