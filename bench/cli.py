@@ -627,7 +627,7 @@ def list_command(
         out.print(table)
         return
     if kind == "checkpoints":
-        out.print(_checkpoints(store))
+        _checkpoints(store)
         return
     if kind not in registries:
         raise GridError(unknown("list", kind, [*registries, "grids", "checkpoints"]))
@@ -644,21 +644,29 @@ def list_command(
     out.print(table)
 
 
-def _checkpoints(store: Path) -> Table:
-    """Trained defenses, shipped and in the store, with what they recorded."""
+def _checkpoints(store: Path) -> None:
+    """Trained defenses, shipped and in the store, with what they recorded and what all of them cost."""
     from bench.progress import duration
     from bench.weights import read_meta
     from defenses._learned import SHIPPED
 
     table = Table("checkpoint", "kB", "training", "recorded scores", "rebuild", box=None, pad_edge=False)
-    for folder in (SHIPPED, store / CHECKPOINTS):
-        for path in sorted(folder.glob("*.safetensors")):
+    totals = []
+    for folder, which in ((SHIPPED, "shipped"), (store / CHECKPOINTS, f"in {store}")):
+        paths = sorted(folder.glob("*.safetensors"))
+        size, seconds = 0, 0.0
+        for path in paths:
             meta = read_meta(path)
             scores = ", ".join(f"{name} {value:.3f}" for name, value in meta.get("scores", {}).items())
             took = duration(meta["seconds"]) if "seconds" in meta else "–"
-            size = str(path.stat().st_size // 1000)
-            table.add_row(path.stem, size, took, escape(scores), escape(str(meta.get("rebuild", "–"))))
-    return table
+            size, seconds = size + path.stat().st_size, seconds + meta.get("seconds", 0)
+            kilobytes = str(path.stat().st_size // 1000)
+            table.add_row(path.stem, kilobytes, took, escape(scores), escape(str(meta.get("rebuild", "–"))))
+        if paths:
+            totals.append(f"{len(paths)} {which}: {size / 1e6:.1f} MB, {duration(seconds)} of training")
+    out.print(table)
+    for line in totals:
+        out.print(escape(line))
 
 
 def _find(

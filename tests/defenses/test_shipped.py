@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.cli import main
 from bench.errors import MissingCheckpoint
 from bench.grid import GRIDS
 from bench.plan import Options, make_plan
+from bench.progress import duration
 from bench.registry import DEFENSES
 from bench.rng import ImageRNG
 from bench.weights import read_meta
@@ -53,3 +55,13 @@ def test_shipped_grids_find_everything(grid: Path) -> None:
         make_plan(Options(grid))
     except MissingCheckpoint as error:
         pytest.fail(f"{grid.name} lacks {', '.join(t.name for t in error.trainings)}")
+
+
+def test_the_list_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The list ends with what training all of them took."""
+    main(["list", "checkpoints", "--store", str(tmp_path)])
+    files = list(SHIPPED.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files) / 1e6
+    seconds = sum(read_meta(path)["seconds"] for path in files)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"{len(files)} shipped: {size:.1f} MB, {duration(seconds)} of training"
