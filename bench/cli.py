@@ -434,6 +434,9 @@ def train_target_command(
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images; default: not digits.")
     ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise/--no-normalise", help="Centre and scale pixels inside the model.")
+    ] = True,
     label_smoothing: Annotated[float, typer.Option(help="Probability that the other classes share.")] = 0.0,
     adversarial: Annotated[
         str, typer.Option(help="none, pgd, trades or free (which shows each batch eight times).")
@@ -474,8 +477,8 @@ def train_target_command(
     recipe = training.TargetRecipe(
         arch, epochs, batch_size, lr, weight_decay=weight_decay, schedule=schedule, milestones=steps,  # type: ignore[arg-type]
         gamma=gamma, padding=padding, flip=not training.shows_digits(data.classes) if flip is None else flip,
-        label_smoothing=label_smoothing, adversarial=adversarial, size=size, precision=precision,  # type: ignore[arg-type]
-        seed=seed,
+        normalise=normalise, label_smoothing=label_smoothing, adversarial=adversarial, size=size,  # type: ignore[arg-type]
+        precision=precision, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     job = training.TargetTraining(recipe, data, held_out, dataset, test, score_images)
     if not overwrite and training.existing(out_file, job.key):

@@ -62,6 +62,7 @@ class TargetRecipe:
         milestones, gamma: epochs after which the learning rate is multiplied by gamma (`multistep`).
         padding: black pixels around an image before a crop of its size is taken; 0 = no crops.
         flip: horizontal flips, half of the time.
+        normalise: images are centred and scaled by the mean and standard deviation of the training images' channels.
         label_smoothing: probability mass that the other classes share (Szegedy et al. 2016).
         adversarial: `pgd` (Madry et al. 2018), `trades` (Zhang et al. 2019) or `free` (Shafahi et al. 2019).
         size: images are resized to this many pixels a side, inside the gradient; None = never.
@@ -80,6 +81,7 @@ class TargetRecipe:
     gamma: float = 0.2
     padding: int = 4
     flip: bool = True
+    normalise: bool = True
     label_smoothing: float = 0.0
     adversarial: Adversarial = "none"
     size: int | None = None
@@ -447,7 +449,7 @@ def train_target(
     with steady(device):
         # Nothing is prepared: a network of this kind takes images as they are.
         samples = Prepared(data, LogitsClassifier(nn.Identity(), 1), len(data))
-        mean, std = channel_statistics(samples)
+        mean, std = channel_statistics(samples) if recipe.normalise else ([0.0] * 3, [1.0] * 3)
         classes = len(data.classes)
         trainer = TargetTrainer(
             recipe, samples, classes, mean, std, key=training.key, state=folder / "state.safetensors", save_every=500,

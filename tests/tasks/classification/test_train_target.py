@@ -164,8 +164,11 @@ def test_a_killed_training_goes_on_to_the_same_bits(place: Path, capsys: Any) ->
     code, _, err = train(capsys, *SMALL, "--seed", "1")
     assert code == 2 and "was made by another training; --overwrite replaces it" in err
     assert sha256_file(place / "w.safetensors") == before
-    assert train(capsys, *SMALL, "--seed", "1", "--overwrite")[0] == 0
+    assert train(capsys, *SMALL, "--no-normalise", "--seed", "1", "--overwrite")[0] == 0
     assert sha256_file(place / "w.safetensors") != before
+    facts = read_meta(place / "w.safetensors")
+    assert (facts["mean"], facts["std"]) == ([0, 0, 0], [1, 1, 1])
+    assert " --no-normalise --seed 1 --out w.safetensors" in facts["command"]
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
