@@ -410,6 +410,91 @@ def train(
     _train(training, store, folder, _devices(device)[0], precision)
 
 
+@app.command("train-target")
+def train_target_command(
+    arch: Annotated[
+        str, typer.Option(help="wrn-DEPTH-WIDTH, vgg-DEPTH, resnet-DEPTH or a network of the zoo (mini_wrn).")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="As in a profile: '{name: cifar10, root: /data}'; its split `train` is meant.")
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Checkpoint to write (safetensors).")],
+    epochs: Annotated[int, typer.Option(min=1, help="Times that each image is shown.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD with Nesterov momentum 0.9.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of all weights.")] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="cosine or multistep.")] = "cosine",
+    milestones: Annotated[
+        str, typer.Option(help="Epochs after which multistep multiplies the learning rate.")
+    ] = "60,120,160",
+    gamma: Annotated[float, typer.Option(min=0, help="By how much multistep multiplies it.")] = 0.2,
+    padding: Annotated[
+        int, typer.Option(min=0, help="Black pixels around an image that crops are taken from.")
+    ] = 4,
+    flip: Annotated[
+        bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images; default: not digits.")
+    ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise/--no-normalise", help="Centre and scale pixels inside the model.")
+    ] = True,
+    label_smoothing: Annotated[float, typer.Option(help="Probability that the other classes share.")] = 0.0,
+    adversarial: Annotated[
+        str, typer.Option(help="none, pgd, trades or free (which shows each batch eight times).")
+    ] = "none",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to this many pixels a side inside the model.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Dataset for the scores; default: the test or val split, else a tenth.")
+    ] = None,
+    score_images: Annotated[int, typer.Option(min=1, help="At most N images for the scores.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, order, crops, flips, attacks.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda:N; default: the first GPU, else the CPU.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train again what is there already.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Train a target classifier of the CIFAR kind; the same command goes on where an interrupted one stopped."""
+    import torch
+
+    from bench.progress import duration
+    from bench.registry import load_plugin
+    from tasks.classification import _training as training
+
+    for file in plugin:
+        load_plugin(file)
+    training.check_out(out_file)
+    data, held_out = training.find_data(dataset, test)
+    try:
+        steps = tuple(int(part) for part in milestones.split(","))
+    except ValueError:
+        raise GridError(f"--milestones: expected epochs such as 60,120,160, got '{milestones}'") from None
+    recipe = training.TargetRecipe(
+        arch, epochs, batch_size, lr, weight_decay=weight_decay, schedule=schedule, milestones=steps,  # type: ignore[arg-type]
+        gamma=gamma, padding=padding, flip=not training.shows_digits(data.classes) if flip is None else flip,
+        normalise=normalise, label_smoothing=label_smoothing, adversarial=adversarial, size=size,  # type: ignore[arg-type]
+        precision=precision, seed=seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    job = training.TargetTraining(recipe, data, held_out, dataset, test, score_images)
+    if not overwrite and training.existing(out_file, job.key):
+        out.print(escape(f"{out_file} is there already"))
+        return
+    own = store / "training" / job.key[:16]
+    chosen = torch.device(_devices(device)[0])
+    with _bars() as progress:
+        facts = training.train_target(
+            job, own, out_file, device=chosen, progress=_training(out_file.stem, progress)
+        )
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in facts["scores"].items())
+    out.print(escape(f"{out_file.stem}: {duration(facts['seconds'])}; {scores}"))
+    err.print(escape(f"wrote {out_file} and {out_file.with_suffix('.json').name}; curves in {own}"))
+
+
 def _trainable(defense: str, recipe: str | None) -> str:
     from bench.registry import DEFENSES
     from defenses.training.recipe import RECIPES

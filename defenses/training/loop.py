@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -64,7 +64,247 @@ class History:
         return ", ".join(f"{name} {value:.4g}" for name, value in (self.epochs or [{}])[-1].items())
 
 
-class Trainer:
+class Loop:
+    """What all trainings have in common: order, optimisers, number types, divergence, history, resuming.
+
+    A subclass makes its networks, hands them to `_begin`, and says what a step does (`_train_step`).
+
+    Args:
+        name: what is trained, for messages.
+        samples: training images of one size.
+        key: of everything the weights are a function of; part of the state, so that the state of another training is
+            never resumed.
+        seed, epochs, batch: of the order, and length.
+        state: file that holds everything needed to go on; it is replaced as a whole. None = not resumable.
+        save_every: steps between states; the end of an epoch always saves.
+        device: where the networks run.
+        precision: `float32`; `bfloat16` or `float16` (on a GPU, losses scaled) for the forward passes (autocast).
+
+    Attributes:
+        step, total: steps done, and in all.
+        seconds: time it took up to the newest state, interrupted runs included.
+
+    Raises:
+        BenchError: no images, or a precision the device lacks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Samples,
+        *,
+        key: str,
+        seed: int,
+        epochs: int,
+        batch: int,
+        state: Path | None = None,
+        save_every: int | None = None,
+        device: torch.device | str = "cpu",
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        if len(samples) < 1:
+            raise DataError(f"training of {name}: there are no training images")
+        self.name, self.samples, self.key = name, samples, key
+        self.seed, self.batch = seed, batch
+        self.state_file, self.save_every = state, save_every
+        self.device, self.precision = torch.device(device), precision
+        if precision == "float16" and self.device.type != "cuda":
+            raise PluginError(f"precision float16 needs a GPU, not {self.device}; bfloat16 works everywhere")
+        # A last batch of one image has no batch statistics worth the name; it is left out, but for tiny data.
+        self.per_epoch = max(len(samples) // batch, 1)
+        self.total = self.per_epoch * epochs
+        self.step = 0
+        self.seconds = 0.0
+        self._began = time.perf_counter()
+        self.history = History()
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._order: tuple[int, list[int]] = (-1, [])
+        self.saved_step = 0
+
+    def _begin(self, trained: Mapping[str, nn.Module], kept: Mapping[str, nn.Module] | None = None) -> None:
+        """Optimisers of the `trained` modules; go on from the state, if there is one, that of `kept` modules too."""
+        self._trained, self._kept = dict(trained), dict(kept or {})
+        self.optimizers = {name: self._optimizer(module) for name, module in self._trained.items()}
+        # float16 gradients underflow without it; disabled it does nothing.
+        self.scalers = {
+            name: torch.amp.GradScaler(enabled=self.precision == "float16") for name in self.optimizers
+        }
+        if self.state_file is not None and self.state_file.exists():
+            self._resume(self.state_file)
+
+    # -- what a subclass says -----------------------------------------------------------------------------------------
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def _learning_rate(self, epoch: int, part: float) -> float:
+        """Learning rate in `epoch` (from 0), `part` of it done."""
+        raise NotImplementedError
+
+    def _train_step(self, epoch: int, index: int) -> dict[str, float]:
+        """Train on batch `index` of `epoch`; the value of every loss term."""
+        raise NotImplementedError
+
+    def _session(self, progress: Progress | None) -> AbstractContextManager[None]:
+        """Entered while steps are made; what has to be ready before the first is made ready here."""
+        return nullcontext()
+
+    def _extra(self) -> dict[str, Tensor]:
+        """Further tensors of the state."""
+        return {}
+
+    def _take(self, extra: Mapping[str, Tensor]) -> None:
+        """Put back what `_extra` gave."""
+
+    # -- what callers use -------------------------------------------------------------------------------------------
+    def run(
+        self, progress: Progress | None = None, until: int | None = None, scalars: Scalars | None = None
+    ) -> History:
+        """Train to the end, or to step `until`.
+
+        Args:
+            progress: called after every step with (steps done, steps in all, note).
+            until: stop after this many steps; the state is saved.
+            scalars: called after every step with (steps done, weighted loss terms).
+
+        Raises:
+            TrainingDiverged: a loss term or gradient is not finite; the last good state stays on disk.
+        """
+        end = self.total if until is None else min(until, self.total)
+        self._began = time.perf_counter()
+        with self._session(progress) if self.step < end else nullcontext():
+            while self.step < end:
+                epoch, index = divmod(self.step, self.per_epoch)
+                self._prepare_epoch(epoch, index)
+                terms = self._train_step(epoch, index)
+                for name, value in terms.items():
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+                    self._counts[name] = self._counts.get(name, 0) + 1
+                self.step += 1
+                if scalars is not None:
+                    scalars(self.step, terms)
+                if self.step % self.per_epoch == 0:
+                    self.history.epochs.append({n: v / self._counts[n] for n, v in self._sums.items()})
+                    self._sums, self._counts = {}, {}
+                    self.save()
+                elif self.save_every and self.step % self.save_every == 0:
+                    self.save()
+                if progress is not None:
+                    progress(self.step, self.total, self.history.last())
+        if self.step != self.saved_step:
+            self.save()
+        return self.history
+
+    def _descend(self, name: str, module: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
+        values = {term: float(value.detach()) for term, value in terms.items()}
+        for term, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(f"loss term '{term}' is {value}")
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.stack([value.float() for value in terms.values()]).sum()
+        if not total.requires_grad:
+            raise PluginError(f"training of {self.name}: none of its loss terms trains the {name}")
+        scaler = self.scalers[name]
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        # A scaled step that overflows is left out, and the scale lowered: that is how the scale is found.
+        overflow_is_fatal = not scaler.is_enabled() or scaler.get_scale() < 1.0
+        if not norms or (overflow_is_fatal and not torch.isfinite(torch.stack(norms)).all()):
+            largest = max(values, key=lambda term: abs(values[term]))
+            self._diverged(
+                f"the gradient of the {name} is not finite; "
+                f"its largest loss term is '{largest}' = {values[largest]:.4g}"
+            )
+        scaler.step(optimizer)
+        scaler.update()
+        return values
+
+    def _diverged(self, what: str) -> None:
+        epoch = self.step // self.per_epoch
+        kept = "no state was saved before it"
+        if self.state_file is not None and self.saved_step:
+            kept = f"the last good state, after step {self.saved_step}, is in {self.state_file}"
+        raise TrainingDiverged(
+            f"training of {self.name} diverged at step {self.step + 1} (epoch {epoch + 1}): {what}; {kept}"
+        )
+
+    def _autocast(self) -> Any:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
+
+    # -- data -------------------------------------------------------------------------------------------------------
+    def _batch(self, epoch: int, index: int) -> Batch:
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+        size = self.batch
+        chosen = [self.samples[i] for i in self._order[1][index * size : (index + 1) * size]]
+        if len({tuple(s.image.shape) for s in chosen}) > 1:
+            raise DataError(f"training of {self.name}: training images differ in size; they must be equal")
+        return Batch.of(chosen).to(self.device)
+
+    # -- optimiser and state ------------------------------------------------------------------------------------------
+    def _prepare_epoch(self, epoch: int, index: int) -> None:
+        rate = self._learning_rate(epoch, index / self.per_epoch)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def save(self) -> None:
+        """Write the state: weights, moments, position, history. All of the file or nothing."""
+        self.saved_step = self.step
+        self.seconds, self._began = self.seconds + time.perf_counter() - self._began, time.perf_counter()
+        if self.state_file is None:
+            return
+        tensors = {f"extra.{name}": value for name, value in self._extra().items()}
+        for which, module in {**self._trained, **self._kept}.items():
+            tensors |= {f"{which}.{name}": value for name, value in module.state_dict().items()}
+        for which, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                prefix = f"{_kind(optimizer)}.{which}.{index}"
+                tensors |= {f"{prefix}.{name}": v for name, v in moments.items() if v is not None}
+        meta = {
+            "version": STATE_VERSION, "key": self.key, "step": self.step,
+            "history": self.history.epochs, "sums": self._sums, "counts": self._counts, "seconds": self.seconds,
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
+        }  # fmt: skip
+        save_safetensors(self.state_file, tensors, meta=meta)
+
+    def _resume(self, path: Path) -> None:
+        loaded = load_state(path)
+        meta = loaded.meta
+        if meta.get("version") != STATE_VERSION or not isinstance(meta.get("step"), int):
+            raise WeightsError(f"training state {path} is of another version; delete it to start anew")
+        if meta.get("key") != self.key:
+            raise WeightsError(
+                f"training state {path} belongs to another recipe (key {str(meta.get('key'))[:12]}, "
+                f"not {self.key[:12]}); delete it or choose another folder"
+            )
+        self._take(_under(loaded.state, "extra"))
+        for which, module in {**self._trained, **self._kept}.items():
+            apply_state(module, _under(loaded.state, which), what=f"training state {path}, {which}")
+        for which, optimizer in self.optimizers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under(loaded.state, f"{_kind(optimizer)}.{which}").items():
+                index, moment = name.split(".", 1)
+                moments.setdefault(int(index), {})[moment] = value
+            optimizer.load_state_dict(
+                {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        self.step = self.saved_step = meta["step"]
+        self.history = History([dict(epoch) for epoch in meta["history"]])
+        self._sums, self._counts = dict(meta["sums"]), dict(meta["counts"])
+        self.seconds = float(meta.get("seconds", 0.0))
+        for name, state in meta.get("scalers", {}).items():
+            if state:
+                self.scalers[name].load_state_dict(state)
+        logger.info("training of %s goes on after step %d of %d", self.name, self.step, self.total)
+
+
+class Trainer(Loop):
     """Trains a purifier after a recipe.
 
     Args:
@@ -79,10 +319,6 @@ class Trainer:
         save_every: steps between states; the end of an epoch always saves.
         device: where the networks run.
         precision: `float32`; `bfloat16` or `float16` (on a GPU, losses scaled) for the forward passes (autocast).
-
-    Attributes:
-        step, total: steps done, and in all.
-        seconds: time it took up to the newest state, interrupted runs included.
 
     Raises:
         BenchError: the recipe does not fit the data or the target, or the state belongs to another recipe.
@@ -102,13 +338,11 @@ class Trainer:
         device: torch.device | str = "cpu",
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        if len(samples) < 1:
-            raise DataError(f"recipe of {recipe.defense}: there are no training images")
-        self.recipe, self.samples, self.adversary, self.key = recipe, samples, adversary, key
-        self.state_file, self.cache, self.save_every = state, cache, save_every
-        self.device, self.precision = torch.device(device), precision
-        if precision == "float16" and self.device.type != "cuda":
-            raise PluginError(f"precision float16 needs a GPU, not {self.device}; bfloat16 works everywhere")
+        super().__init__(
+            recipe.defense, samples, key=key, seed=recipe.seed, epochs=recipe.epochs, batch=recipe.batch, state=state,
+            save_every=save_every, device=device, precision=precision,
+        )  # fmt: skip
+        self.recipe, self.adversary, self.cache = recipe, adversary, cache
         self.objective = objective(recipe.objective, dict(recipe.objective_args))
         if not self.objective.attacked:
             self.adversary = None
@@ -133,71 +367,11 @@ class Trainer:
             if self.objective.average
             else None
         )
-        self.optimizers = {"network": self._adam(self.network)}
-        if self.critic is not None:
-            self.optimizers["critic"] = self._adam(self.critic)
-        # float16 gradients underflow without it; disabled it does nothing.
-        self.scalers = {
-            name: torch.amp.GradScaler(enabled=precision == "float16") for name in self.optimizers
-        }
-        # A last batch of one image has no batch statistics worth the name; it is left out, but for tiny data.
-        self.per_epoch = max(len(samples) // recipe.batch, 1)
-        self.total = self.per_epoch * recipe.epochs
-        self.step = 0
-        self.seconds = 0.0
-        self._began = time.perf_counter()
-        self.history = History()
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._order: tuple[int, list[int]] = (-1, [])
-        self.saved_step = 0
-        if state is not None and state.exists():
-            self._resume(state)
-
-    # -- what callers use -------------------------------------------------------------------------------------------
-    def run(
-        self, progress: Progress | None = None, until: int | None = None, scalars: Scalars | None = None
-    ) -> History:
-        """Train to the end, or to step `until`.
-
-        Args:
-            progress: called after every step with (steps done, steps in all, note).
-            until: stop after this many steps; the state is saved.
-            scalars: called after every step with (steps done, weighted loss terms).
-
-        Raises:
-            TrainingDiverged: a loss term or gradient is not finite; the last good state stays on disk.
-        """
-        end = self.total if until is None else min(until, self.total)
-        target = None if self.guide is None else self.guide.target
-        cache, cache_key = self.cache or (None, self.key)
-        if cache is None and self.state_file is not None:
-            cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
-        with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
-            self._began = time.perf_counter()
-            if self.step < end and self.adversary is not None:
-                self.adversary.prepare(self._in_order(progress), cache, cache_key)
-            while self.step < end:
-                epoch, index = divmod(self.step, self.per_epoch)
-                self._prepare_epoch(epoch, index)
-                terms = self._train_step(epoch, index)
-                for name, value in terms.items():
-                    self._sums[name] = self._sums.get(name, 0.0) + value
-                    self._counts[name] = self._counts.get(name, 0) + 1
-                self.step += 1
-                if scalars is not None:
-                    scalars(self.step, terms)
-                if self.step % self.per_epoch == 0:
-                    self.history.epochs.append({n: v / self._counts[n] for n, v in self._sums.items()})
-                    self._sums, self._counts = {}, {}
-                    self.save()
-                elif self.save_every and self.step % self.save_every == 0:
-                    self.save()
-                if progress is not None:
-                    progress(self.step, self.total, self.history.last())
-        if self.step != self.saved_step:
-            self.save()
-        return self.history
+        trained = {"network": self.network, "critic": self.critic}
+        self._begin(
+            {name: module for name, module in trained.items() if module is not None},
+            {} if self.average is None else {"average": self.average},
+        )
 
     def write(self, path: Path, *, half: bool = True, meta: dict[str, Any] | None = None) -> str:
         """Write the purifier as a checkpoint a defense reads; half precision unless told otherwise.
@@ -224,6 +398,17 @@ class Trainer:
         }
         network = self.network if self.average is None else self.average.module
         return save_safetensors(path, network.state_dict(), meta=facts, half=half)
+
+    @contextmanager
+    def _session(self, progress: Progress | None) -> Iterator[None]:
+        target = None if self.guide is None else self.guide.target
+        cache, cache_key = self.cache or (None, self.key)
+        if cache is None and self.state_file is not None:
+            cache = self.state_file.with_name(f"{self.state_file.stem}.adversarial.safetensors")
+        with whole_batches(target, self.recipe.batch) if target is not None else nullcontext():
+            if self.adversary is not None:
+                self.adversary.prepare(self._in_order(progress), cache, cache_key)
+            yield
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def _train_step(self, epoch: int, index: int) -> dict[str, float]:
@@ -270,65 +455,13 @@ class Trainer:
             terms = self.objective.critic(step, [x.detach() for x in purified])
         return self._descend("critic", self.critic, terms)
 
-    def _descend(self, name: str, module: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
-        values = {term: float(value.detach()) for term, value in terms.items()}
-        for term, value in values.items():
-            if not math.isfinite(value):
-                self._diverged(f"loss term '{term}' is {value}")
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.stack([value.float() for value in terms.values()]).sum()
-        if not total.requires_grad:
-            raise PluginError(f"recipe of {self.recipe.defense}: none of its loss terms trains the {name}")
-        scaler = self.scalers[name]
-        scaler.scale(total).backward()
-        scaler.unscale_(optimizer)
-        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        # A scaled step that overflows is left out, and the scale lowered: that is how the scale is found.
-        overflow_is_fatal = not scaler.is_enabled() or scaler.get_scale() < 1.0
-        if not norms or (overflow_is_fatal and not torch.isfinite(torch.stack(norms)).all()):
-            largest = max(values, key=lambda term: abs(values[term]))
-            self._diverged(
-                f"the gradient of the {name} is not finite; "
-                f"its largest loss term is '{largest}' = {values[largest]:.4g}"
-            )
-        scaler.step(optimizer)
-        scaler.update()
-        return values
-
-    def _diverged(self, what: str) -> None:
-        epoch = self.step // self.per_epoch
-        kept = "no state was saved before it"
-        if self.state_file is not None and self.saved_step:
-            kept = f"the last good state, after step {self.saved_step}, is in {self.state_file}"
-        raise TrainingDiverged(
-            f"training of {self.recipe.defense} diverged at step {self.step + 1} (epoch {epoch + 1}): {what}; {kept}"
-        )
-
     def _purify(self, images: Tensor) -> Tensor:
         return self.network(self._inner(images)) * self.std + self.mean
 
     def _inner(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
 
-    def _autocast(self) -> Any:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
-
     # -- data -------------------------------------------------------------------------------------------------------
-    def _batch(self, epoch: int, index: int) -> Batch:
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive_seed("order", self.recipe.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
-        size = self.recipe.batch
-        chosen = [self.samples[i] for i in self._order[1][index * size : (index + 1) * size]]
-        if len({tuple(s.image.shape) for s in chosen}) > 1:
-            raise DataError(
-                f"recipe of {self.recipe.defense}: training images differ in size; they must be equal"
-            )
-        return Batch.of(chosen).to(self.device)
-
     def _in_order(self, progress: Progress | None) -> Iterator[Batch]:
         # Groups of one size for all recipes, so that they can share what a static adversary makes.
         for first in range(0, len(self.samples), PREPARED):
@@ -352,73 +485,20 @@ class Trainer:
         clean = torch.where(turned, batch.images.flip(3), batch.images)
         return clean, torch.where(turned, adversarial.flip(3), adversarial), batch.targets
 
-    # -- optimiser and state ------------------------------------------------------------------------------------------
-    def _adam(self, module: nn.Module) -> torch.optim.Adam:
+    # -- optimiser ----------------------------------------------------------------------------------------------------
+    def _optimizer(self, module: nn.Module) -> torch.optim.Adam:
         r = self.recipe
         return torch.optim.Adam(
             module.parameters(), r.lr, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay
         )
 
+    def _learning_rate(self, epoch: int, part: float) -> float:
+        return self.recipe.learning_rate(epoch, part)
+
     def _prepare_epoch(self, epoch: int, index: int) -> None:
         if index == 0 and epoch > 0 and self.recipe.reset_moments:
-            self.optimizers = {"network": self._adam(self.network)}
-            if self.critic is not None:
-                self.optimizers["critic"] = self._adam(self.critic)
-        rate = self.recipe.learning_rate(epoch, index / self.per_epoch)
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-    def save(self) -> None:
-        """Write the state: weights, moments, position, history. All of the file or nothing."""
-        self.saved_step = self.step
-        self.seconds, self._began = self.seconds + time.perf_counter() - self._began, time.perf_counter()
-        if self.state_file is None:
-            return
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        if self.critic is not None:
-            tensors |= {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for which, optimizer in self.optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"adam.{which}.{index}.{name}": value for name, value in moments.items()}
-        meta = {
-            "version": STATE_VERSION, "key": self.key, "step": self.step,
-            "history": self.history.epochs, "sums": self._sums, "counts": self._counts, "seconds": self.seconds,
-            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
-        }  # fmt: skip
-        save_safetensors(self.state_file, tensors, meta=meta)
-
-    def _resume(self, path: Path) -> None:
-        loaded = load_state(path)
-        meta = loaded.meta
-        if meta.get("version") != STATE_VERSION or not isinstance(meta.get("step"), int):
-            raise WeightsError(f"training state {path} is of another version; delete it to start anew")
-        if meta.get("key") != self.key:
-            raise WeightsError(
-                f"training state {path} belongs to another recipe (key {str(meta.get('key'))[:12]}, "
-                f"not {self.key[:12]}); delete it or choose another folder"
-            )
-        for which, module in (("network", self.network), ("critic", self.critic), ("average", self.average)):
-            if module is not None:
-                apply_state(module, _under(loaded.state, which), what=f"training state {path}, {which}")
-        for which, optimizer in self.optimizers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under(loaded.state, f"adam.{which}").items():
-                index, moment = name.split(".", 1)
-                moments.setdefault(int(index), {})[moment] = value
-            optimizer.load_state_dict(
-                {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
-        self.step = self.saved_step = meta["step"]
-        self.history = History([dict(epoch) for epoch in meta["history"]])
-        self._sums, self._counts = dict(meta["sums"]), dict(meta["counts"])
-        self.seconds = float(meta.get("seconds", 0.0))
-        for name, state in meta.get("scalers", {}).items():
-            if state:
-                self.scalers[name].load_state_dict(state)
-        logger.info("training of %s goes on after step %d of %d", self.recipe.defense, self.step, self.total)
+            self.optimizers = {name: self._optimizer(module) for name, module in self._trained.items()}
+        super()._prepare_epoch(epoch, index)
 
 
 def plot(history: History, path: Path) -> None:
@@ -455,3 +535,7 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, value in state.items()
         if name.startswith(f"{prefix}.")
     }
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__.lower()

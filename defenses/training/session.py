@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from bench.weights import read_meta
 from defenses._learned import SHIPPED
 from defenses.training.adversary import Adversary, AttackAdversary, attacks_identity
 from defenses.training.guide import whole_batches
-from defenses.training.loop import History, Progress, Scalars, Trainer
+from defenses.training.loop import Loop, Progress, Scalars, Trainer
 from defenses.training.objectives import objective
 from defenses.training.recipe import RECIPES, Recipe, recipe
 
@@ -357,30 +358,17 @@ def train(
     Raises:
         BenchError: the training cannot start or diverged.
     """
-    from defenses.training.loop import plot, write_history
-
-    torch_threads = torch.get_num_threads()
-    if device.type == "cpu":
-        # Sums are made in the same order whatever the machine's core count.
-        torch.set_num_threads(1)
-    try:
+    with steady(device):
         target = load_target(training.source, device)
         trainer = training.trainer(target, folder / "state.safetensors", device, precision)
-        scalars, close = _tensorboard(folder / "tensorboard", trainer.step)
-        began, before = time.perf_counter(), trainer.seconds
-        try:
-            history: History = trainer.run(progress, scalars=scalars)
-        finally:
-            close()
-        plot(history, folder / "curves.png")
-        write_history(history, folder / "history.jsonl")
+        seconds = run_recorded(trainer, folder, progress)
         meta = {
             "recipe": training.recipe_name,
             "profile": training.profile.name,
             "role": training.role,
             "seed": training.recipe.seed,
             "rebuild": training.command,
-            "seconds": round(before + time.perf_counter() - began),
+            "seconds": seconds,
             "payload": training.payload,
             "chosen": dict(trainer.objective.chosen),
         }
@@ -391,9 +379,38 @@ def train(
         trainer.write(path, meta={**meta, "scores": score(training, draft, device)})
         draft.unlink()
         (folder / "state.safetensors").unlink(missing_ok=True)
-    finally:
-        torch.set_num_threads(torch_threads)
     return read_meta(path)
+
+
+@contextmanager
+def steady(device: torch.device) -> Iterator[None]:
+    """One CPU thread, so that sums are made in the same order whatever the machine's core count; on a GPU nothing."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_recorded(loop: Loop, folder: Path, progress: Progress | None) -> int:
+    """Run a training to its end and write its curves (PNG, JSON lines, TensorBoard scalars) into `folder`.
+
+    Returns:
+        Seconds it took, interrupted runs included.
+    """
+    from defenses.training.loop import plot, write_history
+
+    scalars, close = _tensorboard(folder / "tensorboard", loop.step)
+    began, before = time.perf_counter(), loop.seconds
+    try:
+        history = loop.run(progress, scalars=scalars)
+    finally:
+        close()
+    plot(history, folder / "curves.png")
+    write_history(history, folder / "history.jsonl")
+    return round(before + time.perf_counter() - began)
 
 
 def score(training: Training, checkpoint: Path, device: torch.device) -> dict[str, float]:
@@ -447,4 +464,4 @@ def _tensorboard(folder: Path, step: int) -> tuple[Scalars, Any]:
     return scalars, writer.close
 
 
-__all__ = ["Training", "load_target", "plan_training", "score", "train"]
+__all__ = ["Training", "load_target", "plan_training", "run_recorded", "score", "steady", "train"]

@@ -2,18 +2,21 @@
 
 The same classes give the narrow nets of the embedded zoo and the sizes used in papers:
 
-* ``VGG.of_depth(19)``: Simonyan and Zisserman 2015, configuration E, with batch normalisation and one linear layer;
-* ``ResNet(Bottleneck, (3, 4, 6, 3), width=64)``: ResNet-50 of He et al. 2016 with a 3x3 stem of stride 1;
-* ``WideResNet(depth=34, widen=10)``: WRN-34-10 of Zagoruyko and Komodakis 2016 (pre-activation blocks).
+* ``build("vgg-19")``: Simonyan and Zisserman 2015, configuration E, with batch normalisation and one linear layer;
+* ``build("resnet-50")``: ResNet-50 of He et al. 2016 with a 3x3 stem of stride 1 and no pooling after it;
+* ``build("wrn-34-10")``: WRN-34-10 of Zagoruyko and Komodakis 2016 (pre-activation blocks).
 
 All map ``(B, 3, 32, 32)`` normalised images to ``(B, num_classes)`` logits and accept larger inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+
+from bench.errors import GridError, unknown
 
 #: Convolutions per stage of VGG-11, 13, 16 and 19 (table 1, configurations A, B, D, E).
 VGG_DEPTHS: dict[int, tuple[int, ...]] = {
@@ -130,6 +133,16 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
+#: Kind and number of the blocks in each stage of a ResNet (table 1).
+RESNET_DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
 class ResNet(nn.Module):
     """CIFAR-kind ResNet: a 3x3 stem of stride 1, then stages that double the width and halve the size.
 
@@ -162,6 +175,13 @@ class ResNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(channels, num_classes)
         _init(self)
+
+    @classmethod
+    def of_depth(cls, depth: int, num_classes: int = 10) -> ResNet:
+        """ResNet-18, 34, 50, 101 or 152 at its published width."""
+        if depth not in RESNET_DEPTHS:
+            raise ValueError(f"depth: {depth} is not one of {', '.join(map(str, RESNET_DEPTHS))}")
+        return cls(*RESNET_DEPTHS[depth], 64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised images to ``(B, num_classes)`` logits."""
@@ -252,7 +272,43 @@ def mini_wrn(num_classes: int = 10) -> WideResNet:
     return WideResNet(10, 2, num_classes, base=8)
 
 
+MINI: dict[str, Callable[[int], nn.Module]] = {
+    "mini_vgg": mini_vgg, "mini_resnet": mini_resnet, "mini_wrn": mini_wrn,
+}  # fmt: skip
+#: Names that `build` knows; of WideResNets those in use, any other depth and width will do as well.
+ARCHS: tuple[str, ...] = (
+    *(f"vgg-{depth}" for depth in VGG_DEPTHS), *(f"resnet-{depth}" for depth in RESNET_DEPTHS),
+    "wrn-16-4", "wrn-28-10", "wrn-28-20", "wrn-34-10", *MINI,
+)  # fmt: skip
+
+
+def build(arch: str, num_classes: int = 10) -> nn.Module:
+    """The network of this name: ``wrn-DEPTH-WIDTH``, ``vgg-DEPTH``, ``resnet-DEPTH``, or one of the zoo's.
+
+    Raises:
+        GridError: no such network.
+    """
+    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
+    if wide is not None and int(wide[2]) > 0:
+        try:
+            return WideResNet(int(wide[1]), int(wide[2]), num_classes)
+        except ValueError as error:
+            raise GridError(f"arch '{arch}': {error}") from None
+    if arch not in ARCHS:
+        raise GridError(f"{unknown('arch', arch, ARCHS)}; WideResNets are wrn-DEPTH-WIDTH")
+    if arch in MINI:
+        return MINI[arch](num_classes)
+    kind, _, depth = arch.partition("-")
+    made: nn.Module = (VGG if kind == "vgg" else ResNet).of_depth(int(depth), num_classes=num_classes)
+    return made
+
+
+def smallest_input(network: nn.Module) -> int:
+    """Pixels a side that the network needs: each pooling of a VGG halves them."""
+    return 2 ** sum(isinstance(m, nn.MaxPool2d) for m in network.modules())
+
+
 __all__ = [
-    "VGG", "VGG_DEPTHS", "BasicBlock", "Bottleneck", "ResNet", "WideBlock", "WideResNet",
-    "mini_resnet", "mini_vgg", "mini_wrn", "parameter_count",
+    "ARCHS", "RESNET_DEPTHS", "VGG", "VGG_DEPTHS", "BasicBlock", "Bottleneck", "ResNet", "WideBlock", "WideResNet",
+    "build", "mini_resnet", "mini_vgg", "mini_wrn", "parameter_count", "smallest_input",
 ]  # fmt: skip

@@ -129,6 +129,10 @@ class Free:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss; its ``backward`` is what the next perturbation is made from."""
+        return cross_entropy(model, self.perturbed(images), labels, step)
+
+    def perturbed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0,1] with the perturbation that the last one and its gradient give."""
         last = self.perturbation
         if last is None:
             moved = torch.zeros_like(images)
@@ -136,7 +140,7 @@ class Free:
             assert last.grad is not None
             moved = (last.detach() + self.alpha * last.grad.sign()).clamp(-self.eps, self.eps)
         self.perturbation = moved.requires_grad_()
-        return cross_entropy(model, (images + self.perturbation).clamp(0, 1), labels, step)
+        return (images + self.perturbation).clamp(0, 1)
 
 
 #: A new network stays at chance under attack for hundreds of steps, so training goes on from the standard weights.
