@@ -116,7 +116,7 @@ def test_a_constructor_may_pass_the_rest_on(registry: PluginRegistry[Any]) -> No
 
     defense = registry.create("own", {"size": 5})
     assert (defense.size, defense.sigma, defense.steps) == (5, 2.0, 1)
-    with pytest.raises(PluginError, match="'siz'.*'size'"):
+    with pytest.raises(PluginError, match=r"'siz'.*'size'"):
         registry.create("own", {"siz": 5})
 
 
