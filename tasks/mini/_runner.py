@@ -132,11 +132,11 @@ def build(
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope(config.default_scope):
         torch.manual_seed(seed)
-        model: nn.Module = models.build(config.model)
+        model = models.build(config.model)
         # Else every tensor's initialisation is told.
         MMLogger.get_current_instance().setLevel(config.log_level)
-        model.init_weights()  # type: ignore[operator]
-        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)  # type: ignore[arg-type]
+        model.init_weights()
+        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
     if start:
         model.load_state_dict(manifest.load(start))
     elif pretrain is not None:
