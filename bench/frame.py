@@ -34,8 +34,14 @@ COLUMNS = [
 VOLATILE = ("seconds", "cost")
 
 
-class _Repeated(Metric):
-    """A metric averaged over the repeats of a stochastic defense, on the same images."""
+class Repeated(Metric):
+    """A metric averaged over the repeats of a stochastic defense, on the same images.
+
+    Its intervals are then those of what tables print: images are drawn again, each with all its repeats.
+
+    Args:
+        metric: what is averaged.
+    """
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
@@ -86,7 +92,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> l
     out = []
     for name in task_metrics(task_name):
         metric: Metric = METRICS.create(name)
-        repeated = _Repeated(metric)
+        repeated = Repeated(metric)
         prepared = repeated.prepare(rows)
         values = repeated.each(prepared)
         value = float(np.mean(values))
@@ -266,7 +272,7 @@ def _lowest(
     summaries: dict[int, list[dict[str, Any]]] = {}
     lines = []
     for place, name in enumerate(task_metrics(cell.target.task)):
-        metric = _Repeated(METRICS.create(name))
+        metric = Repeated(METRICS.create(name))
         sign = 1.0 if metric.metric.higher_is_better else -1.0
         values = [sign * metric.value(metric.prepare(candidate)) for candidate in reach]
         best = values.index(min(values))
@@ -347,4 +353,4 @@ def _judged(
     return out
 
 
-__all__ = ["COLUMNS", "VOLATILE", "WORST", "cell_frame", "findings", "load_rows", "summarise"]
+__all__ = ["COLUMNS", "VOLATILE", "WORST", "Repeated", "cell_frame", "findings", "load_rows", "summarise"]
