@@ -6,6 +6,7 @@ if its key is the one its recipe, data and target have now.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from defenses.training.guide import whole_batches
 from defenses.training.loop import History, Progress, Scalars, Trainer
 from defenses.training.objectives import objective
 from defenses.training.recipe import RECIPES, Recipe, recipe
+from tasks.microbatch import one_thread
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -359,11 +361,7 @@ def train(
     """
     from defenses.training.loop import plot, write_history
 
-    torch_threads = torch.get_num_threads()
-    if device.type == "cpu":
-        # Sums are made in the same order whatever the machine's core count.
-        torch.set_num_threads(1)
-    try:
+    with one_thread() if device.type == "cpu" else contextlib.nullcontext():
         target = load_target(training.source, device)
         trainer = training.trainer(target, folder / "state.safetensors", device, precision)
         scalars, close = _tensorboard(folder / "tensorboard", trainer.step)
@@ -391,8 +389,6 @@ def train(
         trainer.write(path, meta={**meta, "scores": score(training, draft, device)})
         draft.unlink()
         (folder / "state.safetensors").unlink(missing_ok=True)
-    finally:
-        torch.set_num_threads(torch_threads)
     return read_meta(path)
 
 

@@ -10,14 +10,6 @@ from torch import Tensor
 from bench.rng import ImageRNG
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def photos():
     """`photos(n, height, width)`: crops of a photograph, float32 (n, 3, H, W), some exactly black and white pixels."""

@@ -27,14 +27,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))

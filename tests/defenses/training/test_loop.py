@@ -33,14 +33,6 @@ class Net(nn.Module):
         return self.fc(F.relu(self.conv(x)).mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def target() -> LogitsClassifier:
     torch.manual_seed(0)
