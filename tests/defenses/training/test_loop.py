@@ -39,13 +39,6 @@ def target() -> LogitsClassifier:
     return LogitsClassifier(Net(), 4)
 
 
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(12, 3, 16, 16, generator=generator)
-    return [Sample(image, i % 4, str(i)) for i, image in enumerate(images)]
-
-
 def pgd(target, static: bool = False) -> AttackAdversary:
     attack = ATTACKS.create("pgd", {"steps": 2})
     return AttackAdversary([(attack, 1.0)], target, static=static)
