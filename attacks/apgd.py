@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -11,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attacks.adaptive import Ascent
 from attacks.iterative import Radius, Steps, _Best, _Climb
 from attacks.projections import Projection, make_projection
 from attacks.scores import Watched, as_labels, score
 from attacks.steps import STEPS, l2
 from bench.errors import NotApplicable
-from bench.protocols import Attack, ImageRNG, Oracle
+from bench.protocols import Attack, Gradient, ImageRNG, Oracle
 from bench.registry import ATTACKS
 
 LossName = Literal["ce", "dlr", "dlr_targeted", "margin"]
@@ -26,9 +26,7 @@ LossName = Literal["ce", "dlr", "dlr_targeted", "margin"]
 class APGD(Attack):
     """Auto-PGD: momentum, and a step size of 2 eps that halves when progress stalls (Croce and Hein 2020, algorithm 1).
 
-    At each checkpoint an image whose objective rose in at most `rho` of the steps since the last one, or whose best
-    value and step size are what they were, halves its step and returns to its best point. Checkpoints lie
-    max(0.22 N, 1) steps from the start and then ever closer, down to 0.06 N. The start is random, at distance eps.
+    The loop is `attacks.adaptive.Ascent`. The start is random, at distance eps.
 
     An image comes back as its best successful iterate. With a stochastic defense the gradient is the mean over the
     threat model's draws and success is read off the mean logits of the same draws.
@@ -126,16 +124,11 @@ class APGD(Attack):
         objective = _Objective(self.loss, self.target is not None, as_labels(climb.targets, device), goal)
         project: Projection = make_projection(self._norm, climb.clean, self._eps)
         x = project(climb.clean + self._eps * self._start(climb))
-        value, grad = self._look(climb, best, objective, x)
-        count = len(x)
-        s = _State(
-            x=x, previous=x, grad=grad, best=x, best_grad=grad, best_value=value, last=value,
-            step=torch.full((count, 1, 1, 1), 2 * self._eps, device=device),
-            rises=torch.zeros(count, device=device), reduced=torch.ones(count, dtype=torch.bool, device=device),
-            best_before=value,
+        ascent = Ascent.start(
+            x, self._look(climb, best, objective, x), project, STEPS["l2" if self._norm == "l2" else "sign"],
+            eps=self._eps, steps=self.steps, rho=self.rho, momentum=self.momentum,
         )  # fmt: skip
-        window, since = max(int(0.22 * self.steps), 1), 0
-        for step in range(self.steps):
+        for _ in range(self.steps):
             if self.stop_when_fooled:
                 out = best.fooled[climb.index]
                 if out.any():
@@ -143,22 +136,9 @@ class APGD(Attack):
                     if len(kept) == 0:
                         return
                     climb, objective = climb.select(kept), objective.select(kept)
-                    project, s = project.select(kept.to(device)), s.select(kept.to(device))
-            weight = self.momentum if step > 0 else 1.0
-            ahead = project(
-                s.x + s.step.to(s.x.dtype) * STEPS["l2" if self._norm == "l2" else "sign"](s.grad)
-            )
-            x = project(s.x + weight * (ahead - s.x) + (1 - weight) * (s.x - s.previous))
-            s.previous = s.x
-            value, grad = self._look(climb, best, objective, x)
-            s.arrive(x, value, grad)
-            since += 1
-            if since == window:
-                s.check(self.rho * window)
-                window, since = (
-                    max(window - max(int(0.03 * self.steps), 1), max(int(0.06 * self.steps), 1)),
-                    0,
-                )
+                    ascent = ascent.select(kept.to(device))
+            x = ascent.propose()
+            ascent.arrive(x, self._look(climb, best, objective, x))
 
     def _start(self, climb: _Climb) -> Tensor:
         """Perturbations of length 1 in the norm."""
@@ -168,51 +148,11 @@ class APGD(Attack):
         noise = climb.rng.uniform(shape, -1, 1, device).to(climb.clean.dtype)
         return noise / noise.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
-    def _look(self, climb: _Climb, best: _Best, objective: _Objective, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, climb: _Climb, best: _Best, objective: _Objective, x: Tensor) -> Gradient:
         """Objective and gradient at `x`; a success or a new best is kept."""
         result = climb.oracle.gradient(x, objective)
         best.offer(climb.index, x, result.value.float(), objective.hit().cpu())
-        return result.value, torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-@dataclass
-class _State:
-    """Where each image of a run stands; every tensor's first dimension is the batch."""
-
-    x: Tensor
-    previous: Tensor
-    grad: Tensor
-    best: Tensor
-    best_grad: Tensor
-    best_value: Tensor
-    last: Tensor
-    step: Tensor
-    rises: Tensor
-    reduced: Tensor
-    best_before: Tensor
-
-    def select(self, index: Tensor) -> _State:
-        return _State(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-
-    def arrive(self, x: Tensor, value: Tensor, grad: Tensor) -> None:
-        """Take the next iterate."""
-        self.rises = self.rises + (value > self.last)
-        better = value > self.best_value
-        wide = better.view(-1, 1, 1, 1)
-        self.best = torch.where(wide, x, self.best)
-        self.best_grad = torch.where(wide, grad, self.best_grad)
-        self.best_value = torch.where(better, value, self.best_value)
-        self.x, self.grad, self.last = x, grad, value
-
-    def check(self, enough: float) -> None:
-        """A checkpoint: conditions 1 and 2 of the paper."""
-        stuck = ~self.reduced & (self.best_before >= self.best_value)
-        self.reduced = (self.rises <= enough) | stuck
-        self.best_before, self.rises = self.best_value, torch.zeros_like(self.rises)
-        wide = self.reduced.view(-1, 1, 1, 1)
-        self.step = torch.where(wide, self.step / 2, self.step)
-        self.x = torch.where(wide, self.best, self.x)
-        self.grad = torch.where(wide, self.best_grad, self.grad)
+        return result
 
 
 class _Objective(Watched):

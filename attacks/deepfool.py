@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.iterative import Radius, Steps
-from attacks.minimal import Closest, MinimalNorm, Score, Working, finite, keep, lengths, look, per_image
+from attacks.minimal import Closest, MinimalNorm, Score, Working, keep, lengths, look, per_image
 from attacks.projections import make_projection
+from attacks.steps import finite
 from bench.errors import GridError
 from bench.protocols import ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS

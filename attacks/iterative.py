@@ -19,7 +19,7 @@ from torch import Tensor
 from attacks.objectives import BoundLoss, make_loss
 from attacks.projections import Projection, make_projection
 from attacks.starts import StartKind, start
-from attacks.steps import STEPS
+from attacks.steps import STEPS, finite
 from attacks.transforms import (
     Canvas,
     GradientTransform,
@@ -278,11 +278,7 @@ class Iterative(Attack):
             size = (int(x.shape[-2]), int(x.shape[-1]))
             objective = self.diversity.objective(bound, self.diversity.draw(climb.rng, size))
         result = climb.oracle.gradient(x, objective)
-        grad = result.grad.detach()
-        # A finite sum has finite terms, and costs less than replacing what is not there.
-        if not grad.sum().isfinite():
-            grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
-        return result.value, grad
+        return result.value, finite(result.grad.detach())
 
     def _move(self, value: Tensor, grad: Tensor) -> Tensor:
         """The step (B, 3, H, W) from values (B,) and transformed gradients, before it is projected."""

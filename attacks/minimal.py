@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attacks.scores import as_labels, margin
+from attacks.steps import finite
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
 
@@ -82,11 +83,6 @@ def look(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool, score: 
     scored = _Scored(labels, targeted, score)
     grad = oracle.gradient(images, scored).grad
     return Look(_mean(scored.margins), _mean(scored.logits), finite(grad))
-
-
-def finite(grad: Tensor) -> Tensor:
-    """NaN and infinite entries as zero; the oracle has recorded them."""
-    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _mean(draws: Sequence[Tensor]) -> Tensor:

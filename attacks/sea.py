@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks.apgd import _State
+from attacks.adaptive import Ascent
 from attacks.iterative import Steps
 from attacks.pixels import JensenShannon, MaskedCE, PixelLoss, label_maps, over_labelled, right
 from attacks.projections import Projection, make_projection
 from attacks.segmentation import restore_unlabelled
 from attacks.starts import start as perturbed
 from attacks.steps import sign
-from bench.protocols import Attack, ImageRNG, Oracle, Pixels
+from bench.protocols import Attack, Gradient, ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
 
 LossName = Literal["mask_ce", "mask_ce_balanced", "js"]
@@ -104,30 +104,18 @@ class SEA(Attack):
     ) -> None:
         """One stage, from the images of `best`, which then holds what it found."""
 
-        def look(x: Tensor) -> tuple[Tensor, Tensor]:
+        def look(x: Tensor) -> Gradient:
             result = oracle.gradient(x, objective)
             best.offer(x, objective.take())
-            return result.value, torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+            return result
 
         x = project(best.images)
-        value, grad = look(x)
-        s = _State(
-            x=x, previous=x, grad=grad, best=x, best_grad=grad, best_value=value, last=value,
-            step=torch.full((len(x), 1, 1, 1), 2 * eps, device=x.device),
-            rises=torch.zeros(len(x), device=x.device),
-            reduced=torch.ones(len(x), dtype=torch.bool, device=x.device), best_before=value,
-        )  # fmt: skip
-        window, since = max(int(0.22 * steps), 1), 0
-        for step in range(steps):
-            weight = self.momentum if step > 0 else 1.0
-            ahead = project(s.x + s.step.to(s.x.dtype) * sign(s.grad))
-            x = project(s.x + weight * (ahead - s.x) + (1 - weight) * (s.x - s.previous))
-            s.previous = s.x
-            s.arrive(x, *look(x))
-            since += 1
-            if since == window:
-                s.check(self.rho * window)
-                window, since = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)), 0
+        ascent = Ascent.start(
+            x, look(x), project, sign, eps=eps, steps=steps, rho=self.rho, momentum=self.momentum
+        )
+        for _ in range(steps):
+            x = ascent.propose()
+            ascent.arrive(x, look(x))
 
 
 def _stages(eps: float, steps: int) -> list[tuple[float, int]]:

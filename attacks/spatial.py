@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from attacks.iterative import Factor, Steps
 from attacks.scores import Watched, as_labels, margin
+from attacks.steps import finite
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
 
@@ -143,7 +144,7 @@ class _Search:
             moved = warp(self.clean, flow)
             rough = roughness(flow)
             result = self.oracle.gradient(moved.detach(), self.objective)
-            push = torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+            push = finite(result.grad.detach())
             (grad,) = torch.autograd.grad((self.tau * rough).sum() - (moved * push).sum(), flow)
         rough = rough.detach()
         hit = self.objective.hit()

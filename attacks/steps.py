@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], Tensor]
@@ -16,6 +17,14 @@ def norms(images: Tensor) -> Tensor:
     """
     flat = images.flatten(1).double()
     return flat.mul(flat).sum(1).sqrt().to(images.dtype).view(-1, 1, 1, 1)
+
+
+def finite(grad: Tensor) -> Tensor:
+    """NaN and infinite entries as zero; the oracle has recorded them."""
+    # A finite sum has finite terms, and costs less than replacing what is not there.
+    if grad.sum().isfinite():
+        return grad
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def sign(grad: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attacks.iterative import KernelSize, Steps
 from attacks.scores import Watched, as_labels, score
+from attacks.steps import finite
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
 
@@ -86,7 +87,7 @@ class FWA(Attack):
             fooled[at] |= hit
             if step == self.steps:
                 break
-            grad = torch.nan_to_num(result.grad.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+            grad = finite(result.grad.detach())
             if self.stop_when_fooled and bool(hit.any()):
                 kept = (~hit).nonzero()[:, 0]
                 if len(kept) == 0:

@@ -386,7 +386,7 @@ class Rows:
 
     def __call__(self, first: str, second: str, metric: str) -> Pairing | None:
         """First minus second, as a fraction, with its 95 % interval; None unless both have the same images."""
-        from bench.frame import _Repeated
+        from bench.frame import Repeated
         from bench.registry import METRICS
         from bench.stats import mcnemar, paired_difference
 
@@ -397,7 +397,7 @@ class Rows:
         if not ids[0] or ids[0] != ids[1]:
             return None
         plain = METRICS.create(metric)
-        repeated = _Repeated(plain)
+        repeated = Repeated(plain)
         prepared = [repeated.prepare(rows) for rows in sides]
         found = paired_difference(repeated, prepared[0], prepared[1], len(ids[0]), self._cells[first][1].seed)
         p = math.nan

@@ -34,8 +34,14 @@ COLUMNS = [
 VOLATILE = ("seconds", "cost")
 
 
-class _Repeated(Metric):
-    """A metric averaged over the repeats of a stochastic defense, on the same images."""
+class Repeated(Metric):
+    """A metric averaged over the repeats of a stochastic defense, on the same images.
+
+    Its intervals are then those of what tables print: images are drawn again, each with all its repeats.
+
+    Args:
+        metric: what is averaged.
+    """
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
@@ -86,7 +92,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> l
     out = []
     for name in task_metrics(task_name):
         metric: Metric = METRICS.create(name)
-        repeated = _Repeated(metric)
+        repeated = Repeated(metric)
         prepared = repeated.prepare(rows)
         values = repeated.each(prepared)
         value = float(np.mean(values))
@@ -113,18 +119,23 @@ def cell_frame(plan: Plan, store: Store | None, errors: Mapping[str, str] | None
         errors: cell key or craft key -> why it failed in this run.
     """
     errors = errors or {}
-    found = {} if store is None else findings(plan, store)
+    summaries = [_summary(store, cell) for cell in plan.cells]
+    found = {} if store is None else _judged(plan, store, summaries)
+    reasons = {cell.key: _skip_reason(store, cell) for cell in plan.cells}
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[str, str, str, str], list[Cell]] = {}
-    for cell in plan.cells:
-        lines.extend(_cell_lines(plan, store, cell, errors, found.get(cell.key, [])))
+    for cell, summary in zip(plan.cells, summaries, strict=True):
+        if summary is None:
+            lines.extend(_unfinished(plan, cell, reasons[cell.key], _failure(cell, errors)))
+        else:
+            lines.extend(_cell_lines(plan, cell, summary, found[cell.key], _failure(cell, errors)))
         if cell.attack is not None:
             group = (cell.target.role, cell.defense_label, cell.level_label, cell.image_format)
             groups.setdefault(group, []).append(cell)
     for cells in groups.values():
-        lines.extend(_worst_lines(plan, store, cells))
+        lines.extend(_worst_lines(plan, store, cells, reasons))
     for cells in _by_defense(groups).values():
-        lines.extend(_worst_lines(plan, store, cells, ADAPTIVE))
+        lines.extend(_worst_lines(plan, store, cells, reasons, ADAPTIVE))
     frame = pd.DataFrame(lines, columns=COLUMNS)
     orders = {
         **plan.orders,
@@ -173,35 +184,45 @@ def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
     return lines
 
 
-def _cell_lines(
-    plan: Plan, store: Store | None, cell: Cell, errors: Mapping[str, str], found: Sequence[Finding]
-) -> list[dict[str, Any]]:
-    if cell.skip is not None:
-        return _empty(plan, cell, status="skip", reason=cell.skip)
-    if store is None:
-        return _empty(plan, cell, status="pending", reason="not run yet")
-    record = cell_record(store, cell)
+def _skip_reason(store: Store | None, cell: Cell) -> str | None:
+    if cell.skip is not None or store is None:
+        return cell.skip
+    return not_applicable(store, cell)
+
+
+def _failure(cell: Cell, errors: Mapping[str, str]) -> str | None:
     # The craft's failure is the cause; the cell's is that it has nothing to evaluate.
-    failure = (errors.get(cell.craft.key) if cell.craft is not None else None) or errors.get(cell.key)
-    count = len(set(cell.target.ids) & record.done())
-    if count == 0:
-        reason = not_applicable(store, cell)
-        if reason is not None:
-            return _empty(plan, cell, status="skip", reason=reason)
-        status = "error" if failure else "pending"
-        return _empty(plan, cell, status=status, reason=failure or "not run yet")
-    summary = _cached_summary(record, cell, count)
+    return (errors.get(cell.craft.key) if cell.craft is not None else None) or errors.get(cell.key)
+
+
+def _unfinished(plan: Plan, cell: Cell, skip: str | None, failure: str | None) -> list[dict[str, Any]]:
+    """The lines of a cell without a single row."""
+    if skip is not None:
+        return _empty(plan, cell, status="skip", reason=skip)
+    return _empty(plan, cell, status="error" if failure else "pending", reason=failure or "not run yet")
+
+
+def _cell_lines(
+    plan: Plan, cell: Cell, summary: Mapping[str, Any], found: Sequence[Finding], failure: str | None
+) -> list[dict[str, Any]]:
     flags = tuple(dict.fromkeys(finding.flag for finding in found if finding.suspect))
     extra = {k: summary[k] for k in ("forwards", "backwards", "linf_max", "seconds", "cost", "n")}
-    status = "ok" if count == len(cell.target.ids) else ("error" if failure else "partial")
+    status = "ok" if summary["n"] == len(cell.target.ids) else ("error" if failure else "partial")
     return [
         {**_base(plan, cell), **extra, **line, "status": status, "reason": failure or "", "flags": flags}
         for line in summary["metrics"]
     ]
 
 
-def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
-    ids = [i for i in cell.target.ids if i in record.done()]
+def _summary(store: Store | None, cell: Cell) -> dict[str, Any] | None:
+    """What the rows of a cell come to; kept beside them. None where it has none."""
+    if store is None or cell.skip is not None:
+        return None
+    record = cell_record(store, cell)
+    done = record.done()
+    ids = [i for i in cell.target.ids if i in done]
+    if not ids:
+        return None
     name = "summary-" + content_key(_summary_key(cell, ids))[:16]
     known = record.note(name)
     if known is not None:
@@ -210,7 +231,7 @@ def _cached_summary(record: Record, cell: Cell, count: int) -> dict[str, Any]:
     infos = [{k.removeprefix("craft_"): v for k, v in row.items() if k.startswith("craft_")} for row in rows]
     infos = [info for info in infos if info]
     summary = {
-        "n": count,
+        "n": len(ids),
         "metrics": summarise(rows, cell.target.task, cell.seed),
         "findings": [asdict(finding) for finding in cell_findings(cell, rows)],
         "ids": ids,
@@ -251,7 +272,7 @@ def _lowest(
     summaries: dict[int, list[dict[str, Any]]] = {}
     lines = []
     for place, name in enumerate(task_metrics(cell.target.task)):
-        metric = _Repeated(METRICS.create(name))
+        metric = Repeated(METRICS.create(name))
         sign = 1.0 if metric.metric.higher_is_better else -1.0
         values = [sign * metric.value(metric.prepare(candidate)) for candidate in reach]
         best = values.index(min(values))
@@ -261,18 +282,15 @@ def _lowest(
     return lines
 
 
-def _skip_reason(store: Store | None, cell: Cell) -> str | None:
-    if cell.skip is not None or store is None:
-        return cell.skip
-    return not_applicable(store, cell)
-
-
 def _worst_lines(
-    plan: Plan, store: Store | None, cells: Sequence[Cell], level: str | None = None
+    plan: Plan,
+    store: Store | None,
+    cells: Sequence[Cell],
+    reasons: Mapping[str, str | None],
+    level: str | None = None,
 ) -> list[dict[str, Any]]:
     """What is left by the attacker who picks the attack per image; of one level, or of all when `level` = adaptive."""
     place = {"attack": WORST, "cell": ""} | ({} if level is None else {"level": level, "level_label": level})
-    reasons = {cell.key: _skip_reason(store, cell) for cell in cells}
     if level is not None:
         cells = [cell for cell in cells if reasons[cell.key] is None]
     skipped = [cell for cell in cells if reasons[cell.key] is not None]
@@ -311,26 +329,28 @@ def _worst_lines(
 
 def findings(plan: Plan, store: Store) -> dict[str, list[Finding]]:
     """What the automatic checks say of a plan's finished cells, notes included: cell key -> findings."""
-    complete: dict[str, Cell] = {}
-    summaries: dict[str, dict[str, Any]] = {}
-    for cell in plan.cells:
-        if cell.skip is None and cell.key not in complete:
-            record = cell_record(store, cell)
-            count = len(set(cell.target.ids) & record.done())
-            if count:
-                summaries[cell.key] = _cached_summary(record, cell, count)
-                complete[cell.key] = cell
-    scores = {key: dict(zip(s["ids"], s["scores"], strict=True)) for key, s in summaries.items()}
-    across = group_findings(list(complete.values()), scores)
+    return _judged(plan, store, [_summary(store, cell) for cell in plan.cells])
+
+
+def _judged(
+    plan: Plan, store: Store, summaries: Sequence[Mapping[str, Any] | None]
+) -> dict[str, list[Finding]]:
+    """`findings`, from the `_summary` of each cell."""
+    complete: dict[str, tuple[Cell, Mapping[str, Any]]] = {}
+    for cell, summary in zip(plan.cells, summaries, strict=True):
+        if summary is not None:
+            complete.setdefault(cell.key, (cell, summary))
+    scores = {key: dict(zip(s["ids"], s["scores"], strict=True)) for key, (_, s) in complete.items()}
+    across = group_findings([cell for cell, _ in complete.values()], scores)
     out: dict[str, list[Finding]] = {}
-    for key, cell in complete.items():
+    for key, (cell, summary) in complete.items():
         out[key] = [
-            *(Finding(**entry) for entry in summaries[key]["findings"]),
-            *reference_findings(cell, summaries[key]["metrics"]),
+            *(Finding(**entry) for entry in summary["findings"]),
+            *reference_findings(cell, summary["metrics"]),
             *across.get(key, []),
             *noted_findings(store, cell.target),
         ]
     return out
 
 
-__all__ = ["COLUMNS", "VOLATILE", "WORST", "cell_frame", "findings", "load_rows", "summarise"]
+__all__ = ["COLUMNS", "VOLATILE", "WORST", "Repeated", "cell_frame", "findings", "load_rows", "summarise"]

@@ -245,21 +245,17 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         # Kernels split their sums by the number of threads: with one thread everywhere, the numbers are the same for
         # any number of workers, and workers are the better use of cores for small networks anyway.
         torch.set_num_threads(1)
-    record = (
-        craft_record(store, plan.crafts()[job.key])
-        if job.kind == "craft"
-        else cell_record(store, next(c for c in plan.cells if c.key == job.key))
-    )
+    if job.kind == "craft":
+        craft = plan.crafts()[job.key]
+        ids = _ordered(
+            {i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids}
+        )
+        record, do = craft_record(store, craft), functools.partial(run_craft, craft, store, ids)
+    else:
+        cell = next(c for c in plan.cells if c.key == job.key)
+        record, do = cell_record(store, cell), functools.partial(run_cell, cell, store)
     try:
-        if job.kind == "craft":
-            crafts = plan.crafts()
-            ids = _ordered(
-                {i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids}
-            )
-            run_craft(crafts[job.key], store, ids, torch_device, plan.options.batch_size, report)
-        else:
-            cell = next(c for c in plan.cells if c.key == job.key)
-            run_cell(cell, store, torch_device, plan.options.batch_size, report)
+        do(torch_device, plan.options.batch_size, report)
     except NotApplicable as error:
         record.set_note("skip", error.reason)
         return error.reason

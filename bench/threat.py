@@ -27,7 +27,6 @@ from bench.errors import NotApplicable
 from bench.protocols import Attack, Defense, Geometry, Gradient, ImageRNG, Objective, TargetModel, Warped
 
 Mode = Literal["none", "bpda", "exact"]
-LEVELS = ("clean", "oblivious", "transfer", "gray_box", "bpda", "white_box", "adaptive")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bench.errors import WeightsError
@@ -14,8 +14,8 @@ from bench.protocols import Defense, Geometry, Warped
 from bench.registry import DEFENSES
 from bench.weights import Weights, apply_state, load_state
 from defenses import _jpeg, _wavelet
+from defenses.networks.edsr import EDSR
 
-DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 HINT = "EDSR-PyTorch publishes edsr_baseline_x2-1bc95232.pt"
 
 
@@ -105,41 +105,6 @@ class SuperResolution(Defense):
             torch.full((batch, 2), 2.0), torch.zeros(batch, 2), (height, width), (2 * height, 2 * width)
         )
         return Warped(x, geometry)
-
-
-class EDSR(nn.Module):
-    """Enhanced deep residual network for twofold super-resolution, [0,1] to about [0,1].
-
-    Parameter names are those of EDSR-PyTorch, without its fixed shifts by the mean colour (`sub_mean`, `add_mean`).
-    """
-
-    mean: Tensor
-
-    def __init__(self, width: int = 64, blocks: int = 16, res_scale: float = 1.0) -> None:
-        super().__init__()
-        self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
-        body: list[nn.Module] = [_Block(width, res_scale) for _ in range(blocks)]
-        self.body = nn.Sequential(*body, nn.Conv2d(width, width, 3, padding=1))
-        enlarge = nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2))
-        self.tail = nn.Sequential(enlarge, nn.Conv2d(width, 3, 3, padding=1))
-        self.register_buffer("mean", torch.tensor(DIV2K_MEAN).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3, 2 H, 2 W)."""
-        x = self.head((images - self.mean) * 255)
-        return self.tail(self.body(x) + x) / 255 + self.mean
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, res_scale: float) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
-        self.res_scale = res_scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.res_scale * self.body(x)
 
 
 def _edsr(loaded: Weights, path: Path, res_scale: float) -> EDSR:

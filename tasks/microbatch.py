@@ -1,4 +1,4 @@
-"""Networks run in batches of one fixed size, so that an image's result does not depend on its company.
+"""Networks run in batches of one fixed size and on one thread, so that results depend on nothing but the image.
 
 A convolution or a matrix product picks its kernel, and with it the order of its sums, by the shape of the whole batch:
 the same image alone and among others gives logits that differ in the last bits, and a gradient sign that differs with
@@ -7,14 +7,15 @@ them. At one fixed shape and number of threads the kernels are always the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from bench.errors import BenchError
 
-__all__ = ["default_size", "micro_batches"]
+__all__ = ["default_size", "micro_batches", "one_thread"]
 
 
 def default_size(device: torch.device) -> int:
@@ -58,3 +59,14 @@ def micro_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int
             )
         outputs.append(result[: len(group)])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run on one CPU thread, so that sums are made in the same order whatever the machine's core count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

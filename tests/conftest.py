@@ -25,6 +25,15 @@ settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Sums are made in one order, also where the environment asks for more threads."""
+    from tasks.microbatch import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def offline() -> Iterator[None]:
     """Refuse connections to other machines: a test that needs one would pass here and fail elsewhere."""
     connect = socket.socket.connect

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from defenses.networks.edsr import ResidualBlock
+
 
 class DISCONet(nn.Module):
     """Per-pixel features of EDSR-baseline, and a local implicit function that turns them into colours.
@@ -35,7 +37,7 @@ class DISCONet(nn.Module):
         super().__init__()
         self.head = nn.Conv2d(3, width, 3, padding=1)
         self.body = nn.Sequential(
-            *(_Block(width, res_scale) for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1)
+            *(ResidualBlock(width, res_scale) for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1)
         )
         self.local = nn.Conv2d(width, hidden, 3, padding=1)
         self.place = nn.Linear(4, hidden, bias=False)
@@ -83,15 +85,3 @@ def local_coordinates(inside: Sequence[int], outside: Sequence[int]) -> tuple[Te
     extent = torch.tensor([2 * cells / pixels for cells, pixels in zip(inside, outside, strict=True)])
     position = torch.stack(torch.meshgrid(*offsets, indexing="ij"), -1)
     return nearest[0], nearest[1], torch.cat([position, extent.expand(*outside, 2)], -1)
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, res_scale: float) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
-        self.res_scale = res_scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.res_scale * self.body(x)

@@ -6,10 +6,10 @@ if its key is the one its recipe, data and target have now.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from defenses.training.guide import whole_batches
 from defenses.training.loop import Loop, Progress, Scalars, Trainer
 from defenses.training.objectives import objective
 from defenses.training.recipe import RECIPES, Recipe, recipe
+from tasks.microbatch import one_thread
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -382,16 +383,9 @@ def train(
     return read_meta(path)
 
 
-@contextmanager
-def steady(device: torch.device) -> Iterator[None]:
+def steady(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """One CPU thread, so that sums are made in the same order whatever the machine's core count; on a GPU nothing."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return one_thread() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def run_recorded(loop: Loop, folder: Path, progress: Progress | None) -> int:

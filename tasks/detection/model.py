@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.errors import GridError, NotApplicable, WeightsError, unknown
+from bench.errors import GridError, NotApplicable, unknown
 from bench.protocols import Geometry, ImageRNG
 from bench.registry import MODELS
 from tasks.detection.dense import candidates, class_probabilities, emptiness, objectness, swap_margin
 from tasks.detection.objects import Detections, Objects, warp_masks
 from tasks.microbatch import default_size
-from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved, seeded
+from tasks.mm.base import MiniSource, OpenMMLabModel, OpenMMLabSource, moved, seeded
 from tasks.mm.configs import InputSpec, Package
 
 __all__ = ["Detector", "MMDetection", "MiniMaskRCNN", "MiniSSD", "MiniSSDMTD"]
 
-_CONFIGS = Path(__file__).parent / "configs"
 
 #: Parts of mmdet's loss names and the kind they belong to; the first part that fits decides.
 _GROUPS = (
@@ -382,25 +381,10 @@ class MMDetection(_Source):
         self.scale = scale
 
 
-class _Mini(_Source):
+class _Mini(MiniSource, _Source):
     """A detector of the mini zoo."""
 
-    zoo_name: ClassVar[str]
-
-    def _setup(self) -> None:
-        from tasks.mini import manifest
-
-        self.config = str(_CONFIGS / f"{self.zoo_name}.py")
-        self.checkpoint = manifest.weights_path(self.zoo_name)
-        known = manifest.entries().get(self.zoo_name)
-        if known is None:
-            raise WeightsError(
-                f"model '{self.zoo_name}' is not in the manifest of the mini zoo: {self._hint()}"
-            )
-        self.weights_sha256 = str(known["sha256"])
-
-    def _hint(self) -> str:
-        return f"rebuild it with `python -m bench zoo build {self.zoo_name}`"
+    folder: ClassVar[Path] = Path(__file__).parent / "configs"
 
 
 @MODELS.register_module(name="mini_ssd")
@@ -408,9 +392,6 @@ class MiniSSD(_Mini):
     """Narrow SSD for 96x96 scenes of digits, trained on the embedded data."""
 
     zoo_name: ClassVar[str] = "mini_ssd"
-
-    def __init__(self) -> None:
-        self._setup()
 
 
 @MODELS.register_module(name="mini_ssd_mtd")
@@ -425,6 +406,3 @@ class MiniMaskRCNN(_Mini):
     """Narrow Mask R-CNN for 96x96 scenes of digits, trained on the embedded data."""
 
     zoo_name: ClassVar[str] = "mini_mask_rcnn"
-
-    def __init__(self) -> None:
-        self._setup()

@@ -5,15 +5,45 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
+import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 from torch import nn
+
+from tasks.mini import data, manifest
+from tasks.mini.zoo import Progress
+from tasks.mini.zoo_classification import BackboneClassifier, train_classifier
 
 #: Changes a batch in place before it is trained on: the network in training mode, the step, and the batch as
 #: ``pseudo_collate`` packs it (``inputs``: uint8 BGR images, ``data_samples``: their ground truth).
 BeforeStep = Callable[[nn.Module, int, dict[str, Any]], None]
+
+
+class _Required(TypedDict):
+    seed: int
+    device: str | torch.device
+    progress: Progress
+
+
+class BuildOptions(_Required, total=False):
+    """How to build a segmenter or detector, whichever it is.
+
+    Attributes:
+        seed: of the first weights and of the scenes.
+        device: where to train.
+        progress: told about the training.
+        start: shipped model whose weights to start from; a new one unless given.
+        before: may change each batch.
+    """
+
+    start: str | None
+    before: BeforeStep | None
 
 
 class _Steps(Hook):  # type: ignore[misc]
@@ -69,3 +99,56 @@ def run(
             experiment_name=f"{name}_{time.time_ns()}",
         )
         runner.train()
+
+
+def build(
+    name: str,
+    models: Registry,
+    config: Config,
+    out_dir: Path,
+    *,
+    seed: int,
+    device: str | torch.device,
+    progress: Progress,
+    pretrain: Mapping[str, Any] | None,
+    start: str | None = None,
+    before: BeforeStep | None = None,
+) -> tuple[nn.Module, float]:
+    """Train a network as its config says and write its weights in half precision.
+
+    Args:
+        name: of the weights.
+        models: the registry that builds the network.
+        config: its parsed config.
+        out_dir: folder of the weights.
+        seed, device, progress, start, before: see `BuildOptions`.
+        pretrain: how a new network's backbone is trained on digits first, see `train_classifier`; None = it is not.
+
+    Returns:
+        The network with the weights as written, and the seconds that the training took.
+    """
+    total = int(config.train_cfg.max_iters)
+    ahead = 0
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope(config.default_scope):
+        torch.manual_seed(seed)
+        model = models.build(config.model)
+        # Else every tensor's initialisation is told.
+        MMLogger.get_current_instance().setLevel(config.log_level)
+        model.init_weights()
+        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
+    if start:
+        model.load_state_dict(manifest.load(start))
+    elif pretrain is not None:
+        ahead = pretrain["epochs"] * (data.SPLIT_SIZES["train"] // pretrain["batch"])
+        train_classifier(
+            classifier, seed=seed, device=device, **pretrain,
+            progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
+        )  # fmt: skip
+    run(
+        name, model, config, seed=seed, before=before,
+        report=lambda done, note: progress(ahead + done, ahead + total, note),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    manifest.write_rounded(model, name, out_dir)
+    return model, seconds

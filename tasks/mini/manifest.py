@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.errors import WeightsError, unknown
 
@@ -112,6 +112,13 @@ def load_float(path: Path) -> dict[str, Tensor]:
             f"{path}: damaged ({error}); rebuild with `python -m bench zoo build {path.stem}`"
         ) from None
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def write_rounded(model: nn.Module, name: str, folder: Path | None = None) -> None:
+    """Write the weights of ``model`` as those of ``name``, and give it back what was written, rounding included."""
+    path = weights_path(name, folder)
+    save_half(model.state_dict(), path)
+    model.load_state_dict(load_float(path))
 
 
 def load(name: str, folder: Path | None = None) -> dict[str, Tensor]:

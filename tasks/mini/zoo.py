@@ -14,8 +14,7 @@ import importlib
 import logging
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from bench.errors import BenchError, WeightsError, unknown
+from tasks.microbatch import one_thread
 from tasks.mini import manifest
 
 logger = logging.getLogger(__name__)
@@ -84,17 +84,6 @@ def recipes() -> dict[str, Recipe]:
         if info.name.startswith("zoo_"):
             importlib.import_module(f"tasks.mini.{info.name}")
     return dict(sorted(RECIPES.items()))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one CPU thread, so that sums are made in the same order whatever the machine's core count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def build(

@@ -158,9 +158,7 @@ def build_classifier(
         **{k: parameters[k] for k in ("batch", "lr", "weight_decay", "warmup", "easy_share", "contrast")},
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    path = manifest.weights_path(name, out_dir)
-    manifest.save_half(model.state_dict(), path)
-    model.load_state_dict(manifest.load_float(path))
+    manifest.write_rounded(model, name, out_dir)
     return {**score_classifier(model, device=device), "seconds": seconds}
 
 

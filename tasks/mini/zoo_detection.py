@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tasks.mini import data, manifest
+from tasks.mini import data
 from tasks.mini.zoo import Progress, recipe
-from tasks.mini.zoo_classification import BackboneClassifier, train_classifier
 
 if TYPE_CHECKING:
-    from tasks.mini._runner import BeforeStep
+    from typing_extensions import Unpack
+
+    from tasks.mini._runner import BuildOptions
 
 CONFIGS = Path(__file__).parents[1] / "detection" / "configs"
 #: Contrast of the digits in detection scenes, in 1/255: fainter than in segmentation scenes, where finding every pixel
@@ -98,26 +98,13 @@ def score_detector(
     return scores
 
 
-def build_detector(
-    name: str,
-    out_dir: Path,
-    *,
-    seed: int,
-    device: str | torch.device,
-    progress: Progress,
-    start: str | None = None,
-    before: BeforeStep | None = None,
-) -> dict[str, float]:
+def build_detector(name: str, out_dir: Path, **options: Unpack[BuildOptions]) -> dict[str, float]:
     """Train a detector as its config says, write its weights in half precision, and score them.
 
     Args:
         name: of the config and of the weights.
         out_dir: folder of the weights.
-        seed: of the first weights and of the scenes.
-        device: where to train.
-        progress: told about the training.
-        start: shipped model whose weights to start from; a new one, its backbone trained on digits, unless given.
-        before: may change each batch.
+        options: see `tasks.mini._runner.BuildOptions`.
 
     Returns:
         Scores, and the ``seconds`` that the training took.
@@ -128,41 +115,14 @@ def build_detector(
     import mmdet.models  # noqa: F401 - registers
     from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.logging import MMLogger
-    from mmengine.registry import DefaultScope
 
     from tasks.mini import _detection_stream  # noqa: F401 - registers
-    from tasks.mini._runner import run
+    from tasks.mini._runner import build
 
     config = Config.fromfile(CONFIGS / f"{name}.py")
-    config.train_dataloader.dataset.update(seed=seed, contrast=CONTRAST)
-    total = int(config.train_cfg.max_iters)
-    pretrain = config.pretrain_backbone and not start
-    ahead = _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"]) if pretrain else 0
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope("mmdet"):
-        torch.manual_seed(seed)
-        model = MODELS.build(config.model)
-        MMLogger.get_current_instance().setLevel(
-            config.log_level
-        )  # else every tensor's initialisation is told
-        model.init_weights()
-        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
-    if start:
-        model.load_state_dict(manifest.load(start))
-    elif pretrain:
-        train_classifier(
-            classifier, seed=seed, device=device, **_PRETRAIN,
-            progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
-        )  # fmt: skip
-    run(
-        name, model, config, seed=seed, before=before,
-        report=lambda done, note: progress(ahead + done, ahead + total, note),
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    path = manifest.weights_path(name, out_dir)
-    manifest.save_half(model.state_dict(), path)
-    model.load_state_dict(manifest.load_float(path))
+    config.train_dataloader.dataset.update(seed=options["seed"], contrast=CONTRAST)
+    pretrain = _PRETRAIN if config.pretrain_backbone else None
+    model, seconds = build(name, MODELS, config, out_dir, pretrain=pretrain, **options)
     return {**score_detector(model, config), "seconds": seconds}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.mini import data, manifest, measure
+from tasks.mini import data, measure
 from tasks.mini.zoo import Progress, recipe
-from tasks.mini.zoo_classification import MEAN, STD, BackboneClassifier, to_tensor, train_classifier
+from tasks.mini.zoo_classification import MEAN, STD, to_tensor
 
 if TYPE_CHECKING:
-    from tasks.mini._runner import BeforeStep
+    from typing_extensions import Unpack
+
+    from tasks.mini._runner import BuildOptions
 
 CONFIGS = Path(__file__).parents[1] / "segmentation" / "configs"
 #: Scenes that the recorded scores are measured on.
@@ -72,26 +73,13 @@ def score_segmenter(
     return {"clean": score(None), **{name: score(ATTACKS[name]) for name in attacks}}
 
 
-def build_segmenter(
-    name: str,
-    out_dir: Path,
-    *,
-    seed: int,
-    device: str | torch.device,
-    progress: Progress,
-    start: str | None = None,
-    before: BeforeStep | None = None,
-) -> dict[str, float]:
+def build_segmenter(name: str, out_dir: Path, **options: Unpack[BuildOptions]) -> dict[str, float]:
     """Train a segmenter as its config says, write its weights in half precision, and score them.
 
     Args:
         name: of the config and of the weights.
         out_dir: folder of the weights.
-        seed: of the first weights and of the scenes.
-        device: where to train.
-        progress: told about the training.
-        start: shipped model whose weights to start from; a new one, its backbone trained on digits, unless given.
-        before: may change each batch.
+        options: see `tasks.mini._runner.BuildOptions`.
 
     Returns:
         Scores, and the ``seconds`` that the training took.
@@ -104,35 +92,13 @@ def build_segmenter(
     from mmseg.utils import register_all_modules
 
     from tasks.mini import _streams  # noqa: F401  registers MiniSceneStream
-    from tasks.mini._runner import run
+    from tasks.mini._runner import build
 
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIGS / f"{name}.py")
-    config.train_dataloader.dataset.seed = seed
-    total = config.train_cfg.max_iters
-    ahead = 0 if start else _PRETRAIN["epochs"] * (data.SPLIT_SIZES["train"] // _PRETRAIN["batch"])
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MODELS.build(config.model)
-        model.init_weights()
-        classifier = BackboneClassifier(model.backbone, model.backbone.feat_dim)
-    if start:
-        model.load_state_dict(manifest.load(start))
-    else:
-        train_classifier(
-            classifier, seed=seed, device=device, **_PRETRAIN,
-            progress=lambda done, count, note: progress(done, count + total, f"backbone {note}"),
-        )  # fmt: skip
-    run(
-        name, model, config, seed=seed, before=before,
-        report=lambda done, note: progress(ahead + done, ahead + total, note),
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    path = manifest.weights_path(name, out_dir)
-    manifest.save_half(model.state_dict(), path)
-    model.load_state_dict(manifest.load_float(path))
-    return {**score_segmenter(model, device=device), "seconds": seconds}
+    config.train_dataloader.dataset.seed = options["seed"]
+    model, seconds = build(name, MODELS, config, out_dir, pretrain=_PRETRAIN, **options)
+    return {**score_segmenter(model, device=options["device"]), "seconds": seconds}
 
 
 def parameters(name: str, *, pretrained: bool = True) -> dict[str, Any]:

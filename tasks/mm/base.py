@@ -35,7 +35,7 @@ from tasks.mm.configs import (
     model_config,
 )
 
-__all__ = ["OpenMMLabModel", "OpenMMLabSource", "build_network", "moved", "seeded"]
+__all__ = ["MiniSource", "OpenMMLabModel", "OpenMMLabSource", "build_network", "moved", "seeded"]
 
 
 @contextmanager
@@ -298,3 +298,33 @@ class OpenMMLabSource(ModelSource):
                 f"{self._hint()}"
             )
         return found
+
+
+class MiniSource(OpenMMLabSource):
+    """A network of the mini zoo: a config of this project, and the shipped weights.
+
+    Attributes:
+        folder: where the configs lie.
+        zoo_name: name of the config and of the weights.
+
+    Raises:
+        WeightsError: the manifest of the mini zoo does not know it.
+    """
+
+    folder: ClassVar[Path]
+    zoo_name: ClassVar[str]
+
+    def __init__(self) -> None:
+        from tasks.mini import manifest
+
+        self.config = str(self.folder / f"{self.zoo_name}.py")
+        self.checkpoint = manifest.weights_path(self.zoo_name)
+        known = manifest.entries().get(self.zoo_name)
+        if known is None:
+            raise WeightsError(
+                f"model '{self.zoo_name}' is not in the manifest of the mini zoo: {self._hint()}"
+            )
+        self.weights_sha256 = str(known["sha256"])
+
+    def _hint(self) -> str:
+        return f"rebuild it with `python -m bench zoo build {self.zoo_name}`"

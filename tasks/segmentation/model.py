@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.errors import GridError, WeightsError, unknown
+from bench.errors import GridError, unknown
 from bench.protocols import Geometry, ImageRNG
 from bench.registry import MODELS
 from tasks.microbatch import default_size, micro_batches
-from tasks.mm.base import OpenMMLabModel, OpenMMLabSource, moved
+from tasks.mm.base import MiniSource, OpenMMLabModel, OpenMMLabSource, moved
 from tasks.mm.configs import InputSpec, Package
 from tasks.segmentation.task import IGNORE, label_map
 
 __all__ = ["MMSegmentation", "MiniDeepLabV3", "MiniPSPNet", "MiniPSPNetSAT", "Segmenter"]
-
-_CONFIGS = Path(__file__).parent / "configs"
 
 
 class Segmenter(OpenMMLabModel):
@@ -238,29 +236,14 @@ class _MiniSegmenter(Segmenter):
         super().__init__(network, spec, num_classes, micro_batch=4)
 
 
-class _Mini(_Source):
+class _Mini(MiniSource, _Source):
     """A segmenter of the mini zoo; scenes reach it at their own size."""
 
     adapter: ClassVar[type[OpenMMLabModel]] = _MiniSegmenter
-    zoo_name: ClassVar[str]
-
-    def __init__(self) -> None:
-        from tasks.mini import manifest
-
-        self.config = str(_CONFIGS / f"{self.zoo_name}.py")
-        self.checkpoint = manifest.weights_path(self.zoo_name)
-        known = manifest.entries().get(self.zoo_name)
-        if known is None:
-            raise WeightsError(
-                f"model '{self.zoo_name}' is not in the manifest of the mini zoo: {self._hint()}"
-            )
-        self.weights_sha256 = str(known["sha256"])
+    folder: ClassVar[Path] = Path(__file__).parent / "configs"
 
     def _spec(self, parsed: Any) -> InputSpec:
         return InputSpec()
-
-    def _hint(self) -> str:
-        return f"rebuild it with `python -m bench zoo build {self.zoo_name}`"
 
 
 @MODELS.register_module(name="mini_pspnet")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -122,11 +122,3 @@ class Bench:
 @pytest.fixture(scope="session")
 def lab() -> type[Bench]:
     return Bench
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Callable[[], None] | Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

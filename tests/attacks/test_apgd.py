@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attacks.apgd import _State
+from attacks.adaptive import Ascent
+from attacks.projections import Box
+from attacks.steps import sign
 from bench.errors import NotApplicable, PluginError
-from bench.protocols import Defense
+from bench.protocols import Defense, Gradient
 from bench.registry import ATTACKS
 
 
@@ -39,19 +41,21 @@ def test_steps_halve_as_in_the_paper():
 
     # Rises: 4 of 4 (keeps its step), 3 of 4 (halves), 4 of 4 but no better than at the last checkpoint (halves), the
     # same after a checkpoint that halved (keeps).
-    state = _State(
+    state = Ascent(
+        Box(), sign, steps=19, rho=0.75, momentum=0.75, window=4,
         x=image(1.0, 2.0, 3.0, 4.0), previous=image(0.0, 0.0, 0.0, 0.0), grad=image(1.0, 1.0, 1.0, 1.0),
         best=image(5.0, 6.0, 7.0, 8.0), best_grad=image(9.0, 9.0, 9.0, 9.0),
         best_value=flat(2.0, 2.0, 1.0, 1.0), last=flat(2.0, 2.0, 1.0, 1.0), step=image(1.0, 1.0, 1.0, 1.0),
         rises=flat(4.0, 3.0, 4.0, 4.0), reduced=torch.tensor([False, False, False, True]),
         best_before=flat(1.0, 1.0, 1.0, 1.0),
     )  # fmt: skip
-    state.check(0.75 * 4)
+    state.check()
     assert state.step.flatten().tolist() == [1.0, 0.5, 0.5, 1.0]
     assert state.x.flatten().tolist() == [1.0, 6.0, 7.0, 4.0]
     assert state.grad.flatten().tolist() == [1.0, 9.0, 9.0, 1.0]
     assert state.reduced.tolist() == [False, True, True, False] and state.rises.sum() == 0
-    state.arrive(image(0.1, 0.2, 0.3, 0.4), flat(3.0, 1.0, 1.0, float("nan")), image(0.0, 0.0, 0.0, 0.0))
+    seen = Gradient(flat(3.0, 1.0, 1.0, float("nan")), image(0.0, 0.0, 0.0, 0.0))
+    state.arrive(image(0.1, 0.2, 0.3, 0.4), seen)
     assert state.rises.tolist() == [1.0, 0.0, 0.0, 0.0] and state.best_value.tolist() == [3.0, 2.0, 1.0, 1.0]
 
 

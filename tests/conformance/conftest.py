@@ -85,5 +85,4 @@ class Setting:
 
 @pytest.fixture(scope="session")
 def setting() -> Setting:
-    torch.set_num_threads(1)
     return Setting()

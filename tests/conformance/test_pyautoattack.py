@@ -48,7 +48,6 @@ class Mini:
 
 @pytest.fixture(scope="module")
 def mini() -> Mini:
-    torch.set_num_threads(1)
     return Mini()
 
 

@@ -7,15 +7,8 @@ import torch
 from skimage import data
 from torch import Tensor
 
+from bench.protocols import Defense
 from bench.rng import ImageRNG
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +39,30 @@ def streams():
         return ImageRNG.for_images(key, [str(i) for i in range(n)])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def true_gradient(streams):
+    """`true_gradient(defense, images)`: asserts that the gradient of `forward` is the slope of its values.
+
+    Both are turned into double precision. Along the gradient the value must grow at the rate the gradient says; where
+    values are cut off (cascades, clipped estimates) defenses are only nearly linear, hence the tolerance.
+    """
+
+    def check(defense: Defense, images: Tensor) -> None:
+        defense.double()
+        images = images.double() * 0.8 + 0.1
+        x = images.clone().requires_grad_()
+        weight = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+        def value(pixels: Tensor) -> Tensor:
+            return (defense(pixels, *([streams(len(images))] if defense.stochastic else [])) * weight).sum()
+
+        (grad,) = torch.autograd.grad(value(x), x)
+        assert torch.isfinite(grad).all() and (grad != 0).float().mean() > 0.5
+        step = 1e-6 * grad / grad.norm()
+        with torch.no_grad():
+            rise = (value(images + step) - value(images - step)) / 2
+        assert float(rise) == pytest.approx(1e-6 * float(grad.norm()), rel=1e-2)
+
+    return check

@@ -7,7 +7,7 @@ from bench.errors import PluginError, WeightsError
 from bench.registry import DEFENSES
 from bench.rng import ImageRNG
 from bench.weights import save_safetensors
-from defenses.sr import EDSR
+from defenses.networks.edsr import EDSR
 
 
 def identity_network() -> EDSR:

@@ -27,20 +27,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return [Sample(image, i % 4, str(i)) for i, image in enumerate(images)]
-
-
 def trainer(name: str, samples, **kwargs) -> Trainer:
     small = recipe(name).but(**{**SMALL[name], "epochs": 3, "batch": 4, **kwargs.pop("changes", {})})
     return Trainer(small, samples, None, None, key="k", **kwargs)

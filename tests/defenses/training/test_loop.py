@@ -33,25 +33,10 @@ class Net(nn.Module):
         return self.fc(F.relu(self.conv(x)).mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def target() -> LogitsClassifier:
     torch.manual_seed(0)
     return LogitsClassifier(Net(), 4)
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(12, 3, 16, 16, generator=generator)
-    return [Sample(image, i % 4, str(i)) for i, image in enumerate(images)]
 
 
 def pgd(target, static: bool = False) -> AttackAdversary:

@@ -26,14 +26,6 @@ from tasks.detection.objects import Objects
 from tasks.vgg import VGGFeatures
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def load(model: str, dataset: str):
     target = MODELS.create(model, {}).load(torch.device("cpu"))
     data = DATASETS.create(dataset, {"split": "train", "count": 2})

@@ -37,14 +37,6 @@ def labels(n):
     return [i % 10 for i in range(n)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- losses ---------------------------------------------------------------------------------------------------------
 def test_losses_by_hand():
     model = classifier()

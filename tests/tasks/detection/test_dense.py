@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from bench.errors import GridError, NotApplicable
 from bench.protocols import Geometry, Sample
-from bench.registry import MODELS
 from tasks.detection.datasets import MiniScenes
 from tasks.detection.dense import (
     Candidates,
@@ -28,13 +27,6 @@ BOXES = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [40, 40, 50, 50], [0, 0,
 
 def log(*rows: list[float]) -> Tensor:
     return torch.tensor(rows).log()
-
-
-@pytest.fixture(scope="module", params=["mini_ssd", "mini_mask_rcnn"])
-def model(request: pytest.FixtureRequest) -> Detector:
-    loaded = MODELS.create(request.param).load(CPU)
-    assert isinstance(loaded, Detector)
-    return loaded
 
 
 @pytest.fixture(scope="module")

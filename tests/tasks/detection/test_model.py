@@ -24,13 +24,6 @@ from tasks.mm.configs import InputSpec
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["mini_ssd", "mini_mask_rcnn"])
-def model(request: pytest.FixtureRequest) -> Detector:
-    loaded = MODELS.create(request.param).load(CPU)
-    assert isinstance(loaded, Detector)
-    return loaded
-
-
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     scenes = MiniScenes(count=4)

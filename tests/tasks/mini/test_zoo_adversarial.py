@@ -31,12 +31,6 @@ SHIPPED = tuple(name for name in SIBLINGS if manifest.weights_path(name).is_file
 EPS = 8 / 255
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    with zoo.one_thread():
-        yield
-
-
 def digits(count: int) -> tuple[Tensor, Tensor]:
     arrays, labels = data.samples("train", range(count))
     return zoo_classification.to_tensor(arrays), torch.from_numpy(labels)

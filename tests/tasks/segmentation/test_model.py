@@ -271,8 +271,6 @@ def test_gradient_against_finite_differences(folder, head, test, kind):
 @pytest.mark.parametrize("head", [PSP, ASPP])
 def test_bitwise_the_same_in_any_batch(folder, head):
     """For networks run one at a time and, as the mini segmenters are, four at a time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     made = make(folder, head)
     four = _MiniSegmenter(made.network, made.model.spec, 5)
     x, y = images(7), labels(7)
@@ -288,7 +286,6 @@ def test_bitwise_the_same_in_any_batch(folder, head):
             results[size] = torch.cat(losses), torch.cat(grads)
         for loss, grad in results.values():
             assert torch.equal(loss, results[7][0]) and torch.equal(grad, results[7][1])
-    torch.set_num_threads(threads)
 
 
 def test_features(folder):
@@ -410,8 +407,6 @@ def test_importing_the_task_imports_no_openmmlab_package():
 @pytest.mark.parametrize("name", ["mini_pspnet", "mini_deeplabv3"])
 def test_mini_segmenters(name):
     """The shipped weights behind the adapter reach their recorded score, whatever the batch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     dataset, model = DATASETS.create("mini_scenes_seg"), MODELS.create(name).load(CPU)
     batch = Batch.of([model.prepare(dataset[i]) for i in range(30)])
     task, miou = TASKS.create("segmentation"), METRICS.create("miou")
@@ -427,7 +422,6 @@ def test_mini_segmenters(name):
             parts.append(torch.autograd.grad(loss.sum(), x)[0])
         gradients.append(torch.cat(parts)[:6])
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
-    torch.set_num_threads(threads)
 
 
 # -- full size ------------------------------------------------------------------------------------------------------
