@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,16 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
     crafts: dict[str, list[str]] = {}
     cells: dict[str, Job] = {}
     cached = 0
+    waiting: set[tuple[str, tuple[str, ...]]] = set()
     for cell in plan.cells:
-        if cell.skip is not None or cell.key in cells:
+        # Roles with the same data and model share a cell, yet one may want more of its images than another.
+        if cell.skip is not None or (cell.key, cell.target.ids) in waiting:
             continue
         missing = cell_record(store, cell).missing(cell.target.ids)
         if not missing:
             cached += 1
             continue
+        waiting.add((cell.key, cell.target.ids))
         if not_applicable(store, cell) is not None:
             continue
         after: tuple[str, ...] = ()
@@ -103,10 +106,10 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
                 known = crafts.setdefault(cell.craft.key, [])
                 known.extend(i for i in craft_missing if i not in set(known))
                 after = (cell.craft.key,)
-        cells[cell.key] = Job(
-            "cell", cell.key, _group(cell.target), _seconds(store, cell.target, float(cell.repeats)) * len(missing),
-            after,
-        )  # fmt: skip
+        cost = _seconds(store, cell.target, float(cell.repeats)) * len(missing)
+        if (known_job := cells.get(cell.key)) is not None:
+            cost, after = max(cost, known_job.cost), known_job.after or after
+        cells[cell.key] = Job("cell", cell.key, _group(cell.target), cost, after)
     by_key = plan.crafts()
     jobs: list[Job] = []
     for key, ids in crafts.items():
@@ -245,17 +248,20 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         # Kernels split their sums by the number of threads: with one thread everywhere, the numbers are the same for
         # any number of workers, and workers are the better use of cores for small networks anyway.
         torch.set_num_threads(1)
+    # One for each role's choice of images.
+    parts: list[Callable[[torch.device, int | None, Report], None]]
     if job.kind == "craft":
         craft = plan.crafts()[job.key]
-        ids = _ordered(
-            {i: None for c in plan.cells if c.craft and c.craft.key == job.key for i in c.target.ids}
-        )
-        record, do = craft_record(store, craft), functools.partial(run_craft, craft, store, ids)
+        targets = {c.target.ids: c.target for c in plan.cells if c.craft and c.craft.key == job.key}
+        record = craft_record(store, craft)
+        parts = [functools.partial(run_craft, replace(craft, target=t), store) for t in targets.values()]
     else:
-        cell = next(c for c in plan.cells if c.key == job.key)
-        record, do = cell_record(store, cell), functools.partial(run_cell, cell, store)
+        cells = {c.target.ids: c for c in plan.cells if c.key == job.key and c.skip is None}
+        record = cell_record(store, next(iter(cells.values())))
+        parts = [functools.partial(run_cell, cell, store) for cell in cells.values()]
     try:
-        do(torch_device, plan.options.batch_size, report)
+        for run_part in parts:
+            run_part(torch_device, plan.options.batch_size, report)
     except NotApplicable as error:
         record.set_note("skip", error.reason)
         return error.reason
@@ -272,13 +278,13 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
 def run_craft(
     craft: Craft,
     store: Store,
-    ids: Sequence[str],
     device: torch.device,
     batch_size: int | None,
     report: Report,
 ) -> None:
-    """Make the adversarial images of `craft` that the store lacks."""
+    """Make the adversarial images of `craft` for its target that the store lacks."""
     record = craft_record(store, craft)
+    ids = craft.target.ids
     with record.lock():
         missing = record.missing(ids)
         done = len(ids) - len(missing)
@@ -591,10 +597,6 @@ def _sample(target: Target, model: TargetModel, index: int) -> Sample:
     except (OSError, ValueError) as error:
         image_id = target.dataset.ids()[index]
         raise DataError(f"dataset {target.dataset.name}, image {image_id} cannot be read: {error}") from None
-
-
-def _ordered(ids: Mapping[str, None]) -> list[str]:
-    return list(ids)
 
 
 @functools.lru_cache(maxsize=1)

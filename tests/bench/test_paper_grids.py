@@ -134,10 +134,10 @@ def test_roles_with_equal_data_and_model_share_checkpoints() -> None:
     from defenses.training.session import plan_training
 
     assert plan_training("mini", "cifar10_vgg19", "cafd").name == "cafd-mini-source"
-    for role in ("cifar100_resnet50", "imagenet_inc_v3"):
+    for role in ("cifar100_wrn34", "imagenet_inc_v3"):
         there, here = plan_training("mini", role, "hgd"), plan_training("mini", "classification", "hgd")
         assert (there.name, there.key) == (here.name, here.key)
-    assert plan_training("mini", "cifar10_wrn34", "hgd").role == "wideresnet"
+    assert plan_training("mini", "cifar10_resnet50", "hgd").role == "wideresnet"
     assert plan_training("mini", "voc0712_ssd", "hgd").role == "ssd"
 
 

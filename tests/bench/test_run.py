@@ -115,6 +115,26 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
 
 
+@pytest.mark.parametrize("images", [{"classification": 4, "twin": 9}, {"classification": 9, "twin": 4}])
+def test_roles_that_share_cells_get_all_the_images_they_ask_for(
+    bench: Run, grid: Path, images: dict[str, int]
+) -> None:
+    profile = yaml.safe_load((PLUGINS / "toy_profile.yaml").read_text())
+    profile["roles"]["twin"] = profile["roles"]["classification"]
+    (grid.parent / "twins.yaml").write_text(yaml.safe_dump(profile))
+    block = {
+        "roles": ["classification", "twin"], "defenses": ["none"], "attacks": ["fgsm"], "threats": ["oblivious"],
+    }  # fmt: skip
+    changes = {"profile": "twins.yaml", "images": images, "evaluate": {}, "blocks": [block], "tables": []}
+    grid.write_text(yaml.safe_dump({**GRID, **changes}))
+    run(bench, grid)
+    plan, store = make_plan(Options(grid)), Store(grid.parent / "store")
+    assert len({cell.key for cell in plan.cells}) == 2 and len(plan.cells) == 4
+    for cell in plan.cells:
+        assert len(cell_record(store, cell).read_rows(cell.target.ids)) == images[cell.target.role]
+    assert pending(plan, store)[0] == []
+
+
 def test_an_attack_without_gradients_needs_none_of_the_defense(bench: Run, grid: Path) -> None:
     block = {
         "roles": ["classification"],
