@@ -179,7 +179,9 @@ class ModelOracle:
             finite = torch.isfinite(flat).all(1)
         zero = (1 - flat.count_nonzero(1) / flat.shape[1]).tolist()
         largest = flat.abs().amax(1).tolist() if any(not t.steps for t in self.traces) else [0.0] * len(flat)
-        for trace, v, z, f, m in zip(self.traces, value.tolist(), zero, finite.tolist(), largest, strict=True):
+        for trace, v, z, f, m in zip(
+            self.traces, value.tolist(), zero, finite.tolist(), largest, strict=True
+        ):
             trace.add(v, z, f, m)
         return Gradient(value, grad)
 
