@@ -112,7 +112,7 @@ def load_config(package: Package, name: str) -> Config:
 
 def checkpoint_hint(package: Package, name: str) -> str:
     """Where OpenMMLab publishes weights for a packaged config, for the message about a missing file."""
-    path = find_config(package, name)
+    path = Path(name) if name.endswith(".py") else find_config(package, name)
     if name.endswith(".py") or path in _OWN[package]:
         return f"train it with {package} or give the checkpoint that belongs to {path.name}"
     for metafile in (path.parent / "metafile.yml", path.parent / "metafile.yaml"):

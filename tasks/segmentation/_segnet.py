@@ -1,7 +1,11 @@
-"""SegNet-Basic as a backbone of mmseg; a config asks for it with `custom_imports`."""
+"""SegNet-Basic as a backbone of mmseg, and its loss; a config asks for them with `custom_imports`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
@@ -23,6 +27,9 @@ class SegNetBasic(BaseModule):
         channels: channels of every convolution.
         depth: number of encoders and of decoders.
     """
+
+    #: Where two values of a block change places as its maximum, the unpooled one moves by a pixel.
+    jumps = True
 
     def __init__(self, channels: int = 64, depth: int = 4) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d", "mode": "fan_in"})
@@ -48,3 +55,24 @@ class SegNetBasic(BaseModule):
             indices, size = pooled.pop()
             x = decoder(F.max_unpool2d(x, indices, 2, output_size=size))
         return (x,)
+
+
+@MODELS.register_module()
+class BalancedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight a class, averaged over the labelled pixels by their weights.
+
+    mmseg's own loss looks up a weight for ignored labels too, which have none.
+
+    Args:
+        class_weight: one weight a class.
+    """
+
+    loss_name = "loss_ce"
+
+    def __init__(self, class_weight: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("class_weight", torch.tensor(class_weight), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor, *, ignore_index: int, **_: Any) -> Tensor:
+        """The loss of logits (B, K, H, W) against labels (B, H, W), a scalar."""
+        return F.cross_entropy(logits, labels, self.class_weight, ignore_index=ignore_index)

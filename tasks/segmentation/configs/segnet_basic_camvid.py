@@ -23,8 +23,7 @@ model = dict(
         align_corners=False,
         ignore_index=void,
         loss_decode=dict(
-            type="CrossEntropyLoss",
-            avg_non_ignore=True,
+            type="BalancedCrossEntropy",
             class_weight=[
                 0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614,
             ],
