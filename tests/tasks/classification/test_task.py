@@ -104,7 +104,12 @@ def test_rows_hold_the_likeliest_labels():
 
 def test_top5_by_hand():
     top5 = METRICS.create("top5")
-    assert (top5.task, top5.interval, top5.unit, top5.higher_is_better) == ("classification", "wilson", "%", True)
+    assert (top5.task, top5.interval, top5.unit, top5.higher_is_better) == (
+        "classification",
+        "wilson",
+        "%",
+        True,
+    )
     said = Decision(7, 0.5, 0.1, (7, 1, 4, 9, 2))
     rows = [TASK.rows(said, label) for label in (7, 2, 3, 9, 0)]
     prepared = top5.prepare(rows)
