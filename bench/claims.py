@@ -401,9 +401,10 @@ class Rows:
         prepared = [repeated.prepare(rows) for rows in sides]
         found = paired_difference(repeated, prepared[0], prepared[1], len(ids[0]), self._cells[first][1].seed)
         p = math.nan
-        scores = [[row["scores"][0] for row in rows if len(row["scores"]) == 1] for rows in sides]
-        if plain.interval == "wilson" and len(scores[0]) == len(scores[1]) == len(ids[0]):
-            p = mcnemar(*scores)
+        single = all(len(row["stats"]) == 1 for rows in sides for row in rows)
+        if plain.interval == "wilson" and single and not math.isnan(found.value):
+            # Each image's own value: a row's score says whether it is right, which not every such metric is about.
+            p = mcnemar(*([plain.value(plain.prepare(row["stats"])) for row in rows] for rows in sides))
         return Pairing(found.value, found.low, found.high, p)
 
     def _load(self, cell: str) -> list[dict[str, Any]]:

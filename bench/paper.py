@@ -70,7 +70,7 @@ _METRICS = {
     "miou_percent": ("miou", "mIoU (%)"),
     "map_percent": ("box_map50", "mAP (%)"),
     "top1": ("accuracy", "top-1 accuracy (%)"),
-    "top5": (None, "top-5 accuracy (%)"),
+    "top5": ("top5", "top-5 accuracy (%)"),
     "l1_denoising_loss": (None, "L1 denoising loss"),
     "normalized_score": (None, "normalized score"),
     "seconds": (None, "seconds"),

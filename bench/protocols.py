@@ -158,11 +158,14 @@ class TargetModel(nn.Module, ABC):
         task: name of the task.
         losses: loss kinds `loss` accepts.
         num_classes: number of classes it predicts.
+        jumps: the loss is discontinuous in the image (unpooling by indices), so that finite differences, by which the
+            harness checks gradients, say nothing.
     """
 
     task: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]
     num_classes: int
+    jumps: bool = False
 
     def prepare(self, sample: Sample) -> Sample:
         """Resize image and ground truth to the resolution the network works at (and attacks perturb)."""

@@ -67,7 +67,8 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
     """Wilson score interval of a proportion.
 
     `successes` need not be whole: a mean over repeats is a mean of values in [0,1], whose variance is at most that of
-    a 0/1 mean, so the interval is then conservative. Without images nothing is known and the interval is [0, 1].
+    a 0/1 mean, so the interval is then conservative. Without images nothing is known and the interval is [0, 1]; NaN
+    successes, of a metric that is undefined on its images, make both ends NaN.
 
     Args:
         successes: sum of the per-image values, 0 to n.
@@ -78,6 +79,8 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
         ValueError: successes outside 0..n, or level outside (0,1).
     """
     _check_level(level)
+    if math.isnan(successes):
+        return Interval(math.nan, math.nan)
     if n < 0 or not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}")
     if n == 0:
@@ -178,7 +181,7 @@ def paired_scores(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -
     return Difference(value, low, high)
 
 
-def mcnemar(first: Sequence[bool | int], second: Sequence[bool | int]) -> float:
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     """Two-sided p-value of the exact McNemar test: could the images only one side gets right be a fair coin's?
 
     Args:

@@ -22,14 +22,29 @@ from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
 from tasks.files import data_root, fingerprint_files, read_image, to_image
 
-__all__ = ["Cifar10", "Cifar100", "FashionMnist", "ImageFolder", "ImageNet", "Nips2017", "Svhn"]
+__all__ = [
+    "Cifar10",
+    "Cifar100",
+    "FashionMnist",
+    "ImageFolder",
+    "ImageNet",
+    "Nips2017",
+    "Published",
+    "Svhn",
+    "TinyImageNet",
+]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 # -- published in a few files ------------------------------------------------------------------------------------
-class _Published(Dataset):
-    """A dataset that one of torchvision's classes reads into memory as a whole."""
+class Published(Dataset):
+    """A dataset of a few files that are read into memory as a whole.
+
+    Args:
+        root: folder that the files lie in, or one above.
+        split: part of the dataset.
+    """
 
     task: ClassVar[str] = "classification"
     title: ClassVar[str]
@@ -45,8 +60,8 @@ class _Published(Dataset):
         """Files that the split needs, relative to the folder."""
 
     @abstractmethod
-    def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
-        """Images (N, H, W[, 3]) uint8 and labels, from `folder`."""
+    def _open(self, folder: Path) -> tuple[Sequence[np.ndarray] | np.ndarray, Sequence[int]]:
+        """N images (H, W[, 3]) uint8 and labels, from `folder`."""
 
     def _folder(self) -> Path:
         for name in self.folders:
@@ -63,7 +78,7 @@ class _Published(Dataset):
         return getattr(self, "name", type(self).__name__.lower())
 
     @functools.cached_property
-    def _content(self) -> tuple[np.ndarray, list[int]]:
+    def _content(self) -> tuple[Sequence[np.ndarray] | np.ndarray, list[int]]:
         folder = self._folder()
         for name in self._files():
             if not (folder / name).is_file():
@@ -114,7 +129,7 @@ def _is_integrity(error: Exception) -> bool:
 
 
 @DATASETS.register_module(name="cifar10")
-class Cifar10(_Published):
+class Cifar10(Published):
     """CIFAR-10 (Krizhevsky 2009), "python version": `cifar-10-batches-py/` with its batches.
 
     The batches are pickles; they are opened only if their MD5 is the published one.
@@ -163,7 +178,7 @@ class Cifar100(Cifar10):
 
 
 @DATASETS.register_module(name="svhn")
-class Svhn(_Published):
+class Svhn(Published):
     """Street View House Numbers (Netzer et al. 2011), cropped digits: `test_32x32.mat`; label 0 is the digit 0."""
 
     title = "test_32x32.mat / train_32x32.mat of SVHN format 2"
@@ -181,7 +196,7 @@ class Svhn(_Published):
 
 
 @DATASETS.register_module(name="fashion_mnist")
-class FashionMnist(_Published):
+class FashionMnist(Published):
     """Fashion-MNIST (Xiao et al. 2017), 28x28, grey repeated to RGB: `FashionMNIST/raw/*-ubyte`, unpacked."""
 
     title = "the four unpacked idx files of Fashion-MNIST"
@@ -261,7 +276,7 @@ class _Files(Dataset):
 
 
 def _small(image: Image.Image, size: int) -> Image.Image:
-    """The central square at `size` x `size`, averaged over boxes (as Chrabaszcz et al. 2017 do for ImageNet)."""
+    """The central square at `size` x `size`, averaged over boxes (Chrabaszcz et al. 2017 reduce the whole image so)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side))
@@ -350,6 +365,73 @@ def _walk(root: Path, labels: dict[str, int]) -> list[tuple[str, Path, int]]:
         paths = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
         items += [(p.relative_to(root).as_posix(), p, label) for p in paths]
     return items
+
+
+@DATASETS.register_module(name="tiny_imagenet")
+class TinyImageNet(_Files):
+    """Tiny ImageNet (Le and Yang 2015), 200 classes at 64x64, as published: `tiny-imagenet-200/`.
+
+    Training images are in `train/n01443537/images`, validation images in `val/images` with `val/val_annotations.txt`;
+    the test images have no public labels. Labels follow the alphabetical order of the WordNet ids in `wnids.txt`.
+
+    Args:
+        root: folder `tiny-imagenet-200`, or the one above.
+        split: `val` or `train`.
+    """
+
+    def __init__(self, root: str | None = None, split: Literal["val", "train"] = "val") -> None:
+        given = data_root(root)
+        self.split = split
+        self.root = given if (given / "wnids.txt").is_file() else given / "tiny-imagenet-200"
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        """WordNet id -> label."""
+        _check_folder(self.root, self._name(), "the extracted tiny-imagenet-200.zip")
+        return {
+            name: label for label, name in enumerate(sorted(line[0] for line in self._table("wnids.txt", 1)))
+        }
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """The first name that `words.txt` gives each class."""
+        names = dict(self._table("words.txt", 2))
+        return [names.get(name, name).split(",")[0] for name in self._ids]
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        labels = self._ids
+        folder = self.root / self.split
+        _check_folder(folder, self._name(), f"the {self.split} images of tiny-imagenet-200.zip")
+        if self.split == "train":
+            found = {p.name for p in folder.iterdir() if p.is_dir()}
+            if wrong := sorted(found.symmetric_difference(labels)):
+                what = "is not in wnids.txt" if wrong[0] in found else "does not exist, but is in wnids.txt"
+                raise DataError(f"dataset {self._name()}: {folder / wrong[0]} {what}")
+            return _walk(folder, labels)
+        items = []
+        for line, (name, label, *_) in enumerate(self._table("val/val_annotations.txt", 6), start=1):
+            if label not in labels:
+                raise DataError(
+                    f"dataset {self._name()}: {folder / 'val_annotations.txt'}, line {line}: class {label!r} is not in "
+                    "wnids.txt"
+                )
+            items.append((name, folder / "images" / name, labels[label]))
+        return items
+
+    def _table(self, name: str, columns: int) -> list[list[str]]:
+        """The lines of a file, split at tabs."""
+        path = self.root / name
+        try:
+            rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise DataError(f"dataset {self._name()}: {path} {reason}") from None
+        for line, row in enumerate(rows, start=1):
+            if len(row) != columns or not all(row):
+                raise DataError(
+                    f"dataset {self._name()}: {path}, line {line}: expected {columns} entries with tabs between them"
+                )
+        return rows
 
 
 @DATASETS.register_module(name="nips2017")

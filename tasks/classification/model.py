@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.errors import BenchError, DataError, GridError, unknown
 from bench.protocols import Geometry, ImageRNG, Sample, TargetModel
-from tasks.classification.task import Decision
+from tasks.classification.task import TOP, Decision
 from tasks.microbatch import default_size, micro_batches
 
 __all__ = ["LogitsClassifier", "Preparation"]
@@ -168,7 +168,7 @@ class LogitsClassifier(TargetModel):
         return (wrong - true) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
     def predict(self, images: Tensor, *, geometry: Geometry | None = None) -> list[Decision]:
-        """The label of each image with its confidence and margin."""
+        """The label of each image with its confidence and margin, and the likeliest labels."""
         with torch.no_grad():
             z = self.logits(images, geometry=geometry)
             confidence, label = z.softmax(1).max(1)
@@ -176,9 +176,13 @@ class LogitsClassifier(TargetModel):
             label = (z == z.amax(1, keepdim=True)).int().argmax(1)
             best = z.topk(min(2, z.shape[1]), dim=1).values
             margin = best[:, 0] - best[:, -1]
+            # Stable for the same reason: `topk` orders ties as it likes.
+            top = z.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
         return [
-            Decision(int(k), float(c), float(m))
-            for k, c, m in zip(label.tolist(), confidence.tolist(), margin.tolist(), strict=True)
+            Decision(int(k), float(c), float(m), tuple(t))
+            for k, c, m, t in zip(
+                label.tolist(), confidence.tolist(), margin.tolist(), top.tolist(), strict=True
+            )
         ]
 
     def features(self, images: Tensor, layer: str) -> Tensor:

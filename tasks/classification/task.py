@@ -12,7 +12,10 @@ from bench.errors import GridError, unknown
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
 
-__all__ = ["Accuracy", "Classification", "Decision", "ErrorRate"]
+__all__ = ["TOP", "Accuracy", "Classification", "Decision", "ErrorRate"]
+
+#: How many of the likeliest labels a decision names.
+TOP = 5
 
 _RULES = ("cafd", "class:K", "next", "random")
 
@@ -25,11 +28,13 @@ class Decision:
         label: the predicted class.
         confidence: its softmax probability.
         margin: its logit minus the runner-up's.
+        top: the five likeliest labels (all of them where there are fewer), likeliest first; empty where unknown.
     """
 
     label: int
     confidence: float
     margin: float
+    top: tuple[int, ...] = ()
 
     def __int__(self) -> int:
         return self.label
@@ -44,7 +49,7 @@ class Classification(Task):
     batch_size: ClassVar[int] = 64
 
     def rows(self, prediction: Any, target: Any) -> dict[str, Any]:
-        """`score` 1 or 0, `correct`, `label` (truth), `prediction`, `confidence` and `margin` of the prediction."""
+        """`score` 1 or 0, `correct`, `label` (truth), `prediction`; its `confidence`, `margin` and `top` labels."""
         label, said = int(target), int(prediction)
         correct = int(said == label)
         row: dict[str, Any] = {
@@ -55,6 +60,8 @@ class Classification(Task):
         }
         if isinstance(prediction, Decision):
             row |= {"confidence": prediction.confidence, "margin": prediction.margin}
+            if prediction.top:
+                row["top"] = list(prediction.top)
         return row
 
     def draw(self, axes: Any, prediction: Any, classes: Sequence[str]) -> str:

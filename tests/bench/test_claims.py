@@ -287,6 +287,9 @@ def test_pairs_come_from_the_stored_rows(finished: Path) -> None:
     assert found.low <= found.value <= found.high
     assert found.p == mcnemar(right["random"], right["none"])
     assert rows("0" * 16, cells["none"].key[:16], "error_rate") is None
+    # Four classes have no top five.
+    undefined = rows(cells["random"].key[:16], cells["none"].key[:16], "top5")
+    assert undefined is not None and math.isnan(undefined.value) and math.isnan(undefined.p)
 
     made = claim("sign", where={"level": ["oblivious"], "metric": ["error_rate"], "attack": ["fgsm"]},
                  first={"defense": ["random"]}, second={"defense": ["none"]})  # fmt: skip

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from bench.errors import DataError
+from bench.errors import DataError, PluginError
 from bench.registry import DATASETS
 
 RNG = np.random.default_rng(0)
@@ -83,7 +84,31 @@ def test_changed_cifar_is_refused_unopened(tmp_path, monkeypatch):
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "imagenet", "nips2017"])
+@pytest.mark.parametrize(
+    ("name", "reader", "key", "meta_key", "high"),
+    [
+        ("cifar10", torchvision.datasets.CIFAR10, "labels", "label_names", 10),
+        ("cifar100", torchvision.datasets.CIFAR100, "fine_labels", "fine_label_names", 100),
+    ],
+)
+def test_wrong_cifar(tmp_path, monkeypatch, name, reader, key, meta_key, high):
+    names = list(DATASETS.create(name).classes)
+    folder, _ = write_cifar(tmp_path, monkeypatch, reader, key, meta_key, [*names, "another"])
+    test = reader.test_list[0][0]
+    content = pickle.dumps({"data": pixels(2, 3072), key: [0, high]}, protocol=2)
+    (folder / test).write_bytes(content)
+    monkeypatch.setattr(reader, "test_list", [[test, hashlib.md5(content).hexdigest()]])
+    with pytest.raises(DataError, match=f"{folder} holds labels outside 0..{high - 1}"):
+        len(DATASETS.create(name, {"root": str(tmp_path)}))
+    (folder / test).unlink()
+    with pytest.raises(DataError, match=f"{folder}/{test} does not exist"):
+        len(DATASETS.create(name, {"root": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10", "cifar100", "svhn", "fashion_mnist", "imagenet", "imagenet64", "tiny_imagenet", "nips2017"],
+)
 def test_missing_root_is_one_line_with_the_path(tmp_path, name):
     dataset = DATASETS.create(name, {"root": str(tmp_path / "none")})
     for touch in (len, lambda d: d[0], lambda d: d.fingerprint()):
@@ -101,9 +126,9 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 
 # -- SVHN -----------------------------------------------------------------------------------------------------------
-def write_svhn(path, monkeypatch):
-    images, labels = pixels(32, 32, 3, 4), np.array([[1], [10], [9], [10]], dtype=np.uint8)
-    savemat(path, {"X": images, "y": labels})
+def write_svhn(path, monkeypatch, labels=(1, 10, 9, 10)):
+    images = pixels(32, 32, 3, 4)
+    savemat(path, {"X": images, "y": np.array(labels, dtype=np.uint8)[:, None]})
     split = path.name.removesuffix("_32x32.mat")
     listed = {**torchvision.datasets.SVHN.split_list}
     listed[split] = [*listed[split][:2], hashlib.md5(path.read_bytes()).hexdigest()]
@@ -116,6 +141,19 @@ def test_svhn(tmp_path, monkeypatch):
     dataset = DATASETS.create("svhn", {"root": str(tmp_path)})
     assert [dataset[i].target for i in range(4)] == [1, 0, 9, 0]  # 10 stands for the digit 0
     assert np.array_equal((dataset[2].image * 255).round().numpy(), images[..., 2].transpose(2, 0, 1))
+
+
+def test_wrong_svhn(tmp_path, monkeypatch):
+    path = tmp_path / "test_32x32.mat"
+    write_svhn(path, monkeypatch)
+    with pytest.raises(DataError, match=f"{tmp_path}/train_32x32.mat does not exist"):
+        len(DATASETS.create("svhn", {"root": str(tmp_path), "split": "train"}))
+    write_svhn(path, monkeypatch, labels=(1, 11, 3, 4))
+    with pytest.raises(DataError, match=f"{tmp_path} holds labels outside 0..9"):
+        len(DATASETS.create("svhn", {"root": str(tmp_path)}))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=f"reading {tmp_path} is not as published"):
+        len(DATASETS.create("svhn", {"root": str(tmp_path)}))
 
 
 # -- Fashion-MNIST --------------------------------------------------------------------------------------------------
@@ -147,6 +185,15 @@ def test_truncated_fashion_mnist(tmp_path):
     (raw / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="t10k-labels-idx1-ubyte does not exist"):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
+
+
+def test_wrong_label_of_fashion_mnist(tmp_path):
+    raw, _, labels = write_fashion(tmp_path)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 5) + bytes([*labels[:4], 10]))
+    with pytest.raises(DataError, match=f"{raw} holds labels outside 0..9"):
+        len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
+    with pytest.raises(DataError, match=f"{raw}/train-images-idx3-ubyte does not exist"):
+        len(DATASETS.create("fashion_mnist", {"root": str(tmp_path), "split": "train"}))
 
 
 # -- folders --------------------------------------------------------------------------------------------------------
@@ -245,3 +292,195 @@ def test_nips2017(tmp_path):
     table.write_text("ImageId,TrueLabel\nmissing,5\n")
     with pytest.raises(DataError, match=r"missing\.png"):
         DATASETS.create("nips2017", {"root": str(tmp_path)})[0]
+
+
+# -- batches of downsampled ImageNet --------------------------------------------------------------------------------
+def write_imagenet64(path, labels, form="pickle", protocol=3, **changes):
+    """As published: rows of 64x64 red, green and blue values, labels from 1; training batches hold a mean too."""
+    content = {
+        "data": pixels(len(labels), 3 * 64 * 64),
+        "labels": labels,
+        "mean": np.zeros(3 * 64 * 64),
+    } | changes
+    if form == "npz":
+        np.savez(path.with_name(f"{path.name}.npz"), **content)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return content["data"]
+
+
+@pytest.mark.parametrize(
+    ("form", "protocol"), [("npz", 0), ("pickle", 2), ("pickle", 3), ("pickle", 4), ("pickle", 5)]
+)
+def test_imagenet64(tmp_path, form, protocol):
+    data = write_imagenet64(tmp_path / "val_data", [490, 1, 1000], form, protocol)
+    dataset = DATASETS.create("imagenet64", {"root": str(tmp_path)})
+    assert dataset.task == "classification" and len(dataset) == 3 and list(dataset.ids()) == ["0", "1", "2"]
+    # The first three classes of validation images are known; the files number them as ILSVRC's development kit does.
+    assert [dataset.classes[dataset[i].target] for i in range(3)] == ["sea snake", "kit fox", "dumbbell"]
+    assert (dataset[1].image * 255).round().byte().flatten().tolist() == data[1].tolist()
+    assert dataset[1].image.shape == (3, 64, 64)
+    before = dataset.fingerprint()
+    write_imagenet64(tmp_path / "val_data", [490, 1, 1000], form, protocol)
+    assert DATASETS.create("imagenet64", {"root": str(tmp_path)}).fingerprint() != before
+
+
+def test_imagenet64_labels_are_those_of_the_folders(tmp_path):
+    write_imagenet64(tmp_path / "val_data", list(range(1, 1001)), "npz")
+    dataset = DATASETS.create("imagenet64", {"root": str(tmp_path)})
+    assert sorted(dataset[i].target for i in range(1000)) == list(range(1000))
+    # From the development kit: id 450 is n01443537, id 889 n15075141.
+    write_image(tmp_path / "val" / "n01443537" / "a.JPEG")
+    write_image(tmp_path / "val" / "n15075141" / "b.JPEG")
+    folders = DATASETS.create("imagenet", {"root": str(tmp_path)})
+    assert [dataset[449].target, dataset[888].target] == [folders[0].target, folders[1].target]
+
+
+def test_imagenet64_training_batches(tmp_path):
+    (tmp_path / "imagenet64").mkdir()
+    data = [
+        write_imagenet64(tmp_path / "imagenet64" / f"train_data_batch_{k}", [k, 278]) for k in range(1, 11)
+    ]
+    dataset = DATASETS.create("imagenet64", {"root": str(tmp_path), "split": "train"})
+    assert len(dataset) == 20
+    assert (dataset[19].image * 255).round().byte().flatten().tolist() == data[9][1].tolist()
+    fewer = DATASETS.create("imagenet64", {"root": str(tmp_path), "split": "train", "batches": 2})
+    assert len(fewer) == 4 and fewer[3].target == dataset[3].target
+    (tmp_path / "imagenet64" / "train_data_batch_7").unlink()
+    with pytest.raises(DataError, match=r"imagenet64/train_data_batch_7 does not exist"):
+        len(DATASETS.create("imagenet64", {"root": str(tmp_path), "split": "train"}))
+    with pytest.raises(PluginError, match="batches: 11 is not 1 to 10"):
+        DATASETS.create("imagenet64", {"split": "train", "batches": 11})
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_imagenet64_runs_no_code(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    write_imagenet64(tmp_path / "val_data", [1], protocol=protocol, mean=Payload())
+    with pytest.raises(DataError, match=r"/val_data is refused: its pickle asks for .*(getattr|pathlib)"):
+        len(DATASETS.create("imagenet64", {"root": str(tmp_path)}))
+    assert not (tmp_path / "touched").exists()
+    np.savez(tmp_path / "val_data.npz", data=pixels(1, 12288), labels=np.array([Payload()], dtype=object))
+    with pytest.raises(DataError, match=r"/val_data\.npz cannot be read"):
+        len(DATASETS.create("imagenet64", {"root": str(tmp_path)}))
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("form", ["pickle", "npz"])
+@pytest.mark.parametrize(
+    ("labels", "changes", "said"),
+    [
+        ([1, 0], {}, "holds label 0, expected 1 to 1000"),
+        ([1, 1001], {}, "holds label 1001"),
+        ([1], {"data": pixels(2, 12288)}, "holds 2 images, expected as many"),
+        (["a", "b"], {}, "expected as many whole numbers"),
+        ([1, 2], {"data": pixels(2, 3072)}, r"holds data \(2, 3072\) uint8, expected \(N, 12288\) uint8"),
+        ([1, 2], {"data": np.zeros((2, 12288))}, "float64, expected"),
+    ],
+)
+def test_wrong_imagenet64(tmp_path, form, labels, changes, said):
+    write_imagenet64(tmp_path / "val_data", labels, form, **changes)
+    with pytest.raises(DataError, match=f"{tmp_path}/val_data.*{said}") as error:
+        len(DATASETS.create("imagenet64", {"root": str(tmp_path)}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["pickle", "npz"])
+@pytest.mark.parametrize("keep", [0, 100, -30])
+def test_broken_imagenet64(tmp_path, form, keep):
+    write_imagenet64(tmp_path / "val_data", [1, 2], form)
+    path = tmp_path / ("val_data.npz" if form == "npz" else "val_data")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=rf"{path} cannot be read") as error:
+        len(DATASETS.create("imagenet64", {"root": str(tmp_path)}))
+    assert "\n" not in str(error.value)
+
+
+def test_imagenet64_pickle_of_something_else(tmp_path):
+    for content, said in (([1, 2], "holds a list"), ({"labels": [1]}, "'data'")):
+        (tmp_path / "val_data").write_bytes(pickle.dumps(content))
+        with pytest.raises(DataError, match=f"/val_data cannot be read: .*{said}"):
+            len(DATASETS.create("imagenet64", {"root": str(tmp_path)}))
+
+
+# -- Tiny ImageNet --------------------------------------------------------------------------------------------------
+def write_tiny(root):
+    """Three classes in the published layout; ids are not sorted in wnids.txt."""
+    folder = root / "tiny-imagenet-200"
+    folder.mkdir()
+    ids = ["n02124075", "n01443537", "n04067472"]
+    (folder / "wnids.txt").write_text("\n".join(ids) + "\n")
+    names = [
+        "n00001740\tentity",
+        "n01443537\tgoldfish, Carassius auratus",
+        "n02124075\tEgyptian cat",
+        "n04067472\treel",
+    ]
+    (folder / "words.txt").write_text("\n".join(names) + "\n")
+    truth = {}
+    for name in ids:
+        for k in range(2):
+            path = folder / "train" / name / "images" / f"{name}_{k}.JPEG"
+            write_image(path, (64, 64))
+            truth[f"{name}/images/{path.name}"] = sorted(ids).index(name)
+        (folder / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t10\t63\t58\n")
+    lines = []
+    for k, name in enumerate(["n04067472", "n01443537"]):
+        write_image(folder / "val" / "images" / f"val_{k}.JPEG", (64, 64))
+        lines.append(f"val_{k}.JPEG\t{name}\t0\t32\t44\t62")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    # Some of the published images are grey.
+    Image.fromarray(pixels(64, 64)).save(folder / "val" / "images" / "val_0.JPEG")
+    (folder / "test" / "images").mkdir(parents=True)
+    return folder, truth
+
+
+def test_tiny_imagenet(tmp_path):
+    folder, truth = write_tiny(tmp_path)
+    for root in (tmp_path, folder):
+        val = DATASETS.create("tiny_imagenet", {"root": str(root)})
+        assert list(val.ids()) == ["val_0.JPEG", "val_1.JPEG"] and [val[i].target for i in range(2)] == [2, 0]
+        assert list(val.classes) == ["goldfish", "Egyptian cat", "reel"]
+        assert val[0].image.shape == (3, 64, 64) and (val[0].image[0] == val[0].image[2]).all()
+        train = DATASETS.create("tiny_imagenet", {"root": str(root), "split": "train"})
+        assert {train[i].id: train[i].target for i in range(len(train))} == truth
+    with Image.open(folder / "val" / "images" / "val_1.JPEG") as file:
+        assert np.array_equal((val[1].image * 255).round().numpy().transpose(1, 2, 0), np.array(file))
+    before = val.fingerprint()
+    write_image(folder / "val" / "images" / "val_1.JPEG", (64, 64))
+    assert DATASETS.create("tiny_imagenet", {"root": str(tmp_path)}).fingerprint() != before
+
+
+def test_wrong_tiny_imagenet(tmp_path):
+    def said(split="val"):
+        with pytest.raises(DataError) as error:
+            dataset = DATASETS.create("tiny_imagenet", {"root": str(tmp_path), "split": split})
+            [dataset[i] for i in range(len(dataset))]
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    folder, _ = write_tiny(tmp_path)
+    table = folder / "val" / "val_annotations.txt"
+    (folder / "val" / "images" / "val_1.JPEG").write_bytes(b"\xff\xd8 no picture")
+    assert f"{folder}/val/images/val_1.JPEG cannot be read" in said()
+    (folder / "val" / "images" / "val_1.JPEG").unlink()
+    assert f"{folder}/val/images/val_1.JPEG does not exist" in said()
+    table.write_text("val_0.JPEG\tn04067472\t0\t32\t44\t62\nval_1.JPEG\tn00000001\t0\t32\t44\t62\n")
+    assert f"{table}, line 2: class 'n00000001' is not in wnids.txt" in said()
+    table.write_text("val_0.JPEG n04067472\n")
+    assert f"{table}, line 1: expected 6 entries" in said()
+    table.unlink()
+    assert f"{table} does not exist" in said()
+    (folder / "train" / "n01443537").rename(folder / "train" / "n01443538")
+    assert f"{folder}/train/n01443537 does not exist, but is in wnids.txt" in said("train")
+    write_image(folder / "train" / "n01443537" / "images" / "a.JPEG")
+    assert f"{folder}/train/n01443538 is not in wnids.txt" in said("train")
+    (folder / "val").rename(folder / "validation")
+    assert f"{folder}/val does not exist" in said()
+    (folder / "wnids.txt").unlink()
+    assert f"{folder}/wnids.txt does not exist" in said()

@@ -86,6 +86,12 @@ def test_predictions():
         assert int(said) == int(z[i].argmax())
         assert said.confidence == pytest.approx(float(z[i].softmax(0).max()))
         assert said.margin == pytest.approx(float(top[0] - top[1]))
+        assert list(said.top) == z[i].argsort(descending=True)[:5].tolist()
+
+
+def test_tied_labels_come_in_order():
+    said = LogitsClassifier(nn.Flatten(), 7).predict(torch.tensor([[0.0, 1, 1, 0, 1, 1, 0]]).view(1, 7, 1, 1))
+    assert said[0].top == (1, 2, 4, 5, 0) and int(said[0]) == 1
 
 
 # -- gradients ------------------------------------------------------------------------------------------------------

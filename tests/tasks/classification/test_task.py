@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import top_k_accuracy_score
 
 from bench.errors import GridError
 from bench.protocols import ImageRNG
 from bench.registry import METRICS, TASKS
+from bench.stats import estimate, wilson
 from tasks.classification.task import Decision
 
 TASK = TASKS.create("classification")
@@ -93,3 +95,49 @@ def test_metrics_against_numpy():
         assert metric.value(prepared, weights) == pytest.approx(np.average(hits, weights=weights))
         assert np.isnan(metric.value(metric.prepare([])))
     assert accuracy.higher_is_better and not error.higher_is_better
+
+
+def test_rows_hold_the_likeliest_labels():
+    row = TASK.rows(Decision(3, 0.75, 1.5, (3, 0, 2, 1, 4)), 2)
+    assert row["top"] == [3, 0, 2, 1, 4] and json.loads(json.dumps(row)) == row
+
+
+def test_top5_by_hand():
+    top5 = METRICS.create("top5")
+    assert (top5.task, top5.interval, top5.unit, top5.higher_is_better) == (
+        "classification",
+        "wilson",
+        "%",
+        True,
+    )
+    said = Decision(7, 0.5, 0.1, (7, 1, 4, 9, 2))
+    rows = [TASK.rows(said, label) for label in (7, 2, 3, 9, 0)]
+    prepared = top5.prepare(rows)
+    assert prepared.tolist() == [1, 1, 0, 1, 0] and top5.value(prepared) == pytest.approx(3 / 5)
+    assert top5.value(prepared, np.array([0, 0, 3, 1, 0])) == pytest.approx(1 / 4)
+    assert np.isnan(top5.value(top5.prepare([])))
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=30), st.integers(0, 10**6))
+def test_top5_against_scikit_learn(labels, seed):
+    logits = np.random.default_rng(seed).permutation(9 * len(labels)).reshape(-1, 9).astype(float)
+    order = np.argsort(-logits, axis=1)[:, :5].tolist()
+    rows = [TASK.rows(Decision(o[0], 0.5, 0.1, tuple(o)), y) for o, y in zip(order, labels, strict=True)]
+    top5, accuracy = METRICS.create("top5"), METRICS.create("accuracy")
+    theirs = top_k_accuracy_score(labels, logits, k=5, labels=range(9))
+    assert top5.value(top5.prepare(rows)) == pytest.approx(theirs)
+    assert top5.value(top5.prepare(rows)) >= accuracy.value(accuracy.prepare(rows))
+
+
+def test_top5_is_undefined_without_five_classes():
+    """Neither for four classes, nor for a bare label, nor where one image of several has none."""
+    top5, full = METRICS.create("top5"), TASK.rows(Decision(0, 0.5, 0.1, (0, 1, 2, 3, 4)), 0)
+    for rows in (
+        [TASK.rows(Decision(0, 0.5, 0.1, (0, 1, 2, 3)), 0)],
+        [TASK.rows(0, 0)],
+        [full, TASK.rows(0, 0)],
+    ):
+        found = estimate(top5, rows, seed=0)
+        assert np.isnan([found.value, found.low, found.high]).all()
+    found = estimate(top5, [full], seed=0)
+    assert (found.value, found.low, found.high) == (1, *wilson(1, 1))

@@ -207,3 +207,50 @@ def test_missing_data_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(DataError, match=r"not found .*BENCH_DATA.*mini_scenes_det") as error:
             dataset.fingerprint()
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def write_voc_year(root: Path, year: str, name: str, label: str) -> Path:
+    folder = root / "VOCdevkit" / f"VOC{year}"
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / "trainval.txt").write_text(f"{name}\n")
+    Image.new("RGB", (30, 20)).save(folder / "JPEGImages" / f"{name}.jpg")
+    (folder / "Annotations" / f"{name}.xml").write_text(
+        f"<annotation><size><width>30</width><height>20</height></size><object><name>{label}</name><difficult>0"
+        "</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax><ymax>12</ymax></bndbox></object></annotation>"
+    )
+    return folder
+
+
+def test_voc_years_together(tmp_path: Path) -> None:
+    write_voc_year(tmp_path, "2007", "000005", "dog")
+    folder = write_voc_year(tmp_path, "2012", "2008_000008", "horse")
+    both = Voc(root=str(tmp_path), split="trainval", year="2007+2012")
+    assert both.ids() == ["000005", "2008_000008"]
+    assert [both.classes[int(both[i].target.labels[0])] for i in range(2)] == ["dog", "horse"]
+    single = [Voc(root=str(tmp_path), split="trainval", year=year) for year in ("2007", "2012")]
+    assert [len(d) for d in single] == [1, 1]
+    assert len({d.fingerprint() for d in (both, *single)}) == 3
+    # One year's own folder is not taken for the other's.
+    with pytest.raises(DataError, match="VOC2007 trainval not found"):
+        Voc(root=str(folder), split="trainval", year="2007+2012").ids()
+
+
+def test_wrong_voc_lists_and_images(tmp_path: Path) -> None:
+    folder = write_voc_year(tmp_path, "2007", "000005", "dog")
+    with pytest.raises(
+        DataError, match=r"VOC2007 test not found .*VOCdevkit/VOC2007/ImageSets/Main/test\.txt"
+    ):
+        Voc(root=str(tmp_path)).ids()
+    path = folder / "JPEGImages" / "000005.jpg"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=f"image {path} cannot be read"):
+        Voc(root=str(tmp_path), split="trainval")[0]
+    path.unlink()
+    with pytest.raises(DataError, match=f"image {path} does not exist"):
+        Voc(root=str(tmp_path), split="trainval")[0]
+    names = folder / "ImageSets" / "Main" / "trainval.txt"
+    for content, said in ((b"\n", "names no images"), (b"\xff\xfe\x00", "cannot be read")):
+        names.write_bytes(content)
+        with pytest.raises(DataError, match=f"list {names} {said}"):
+            Voc(root=str(tmp_path), split="trainval").ids()

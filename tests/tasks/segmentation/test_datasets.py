@@ -1,4 +1,4 @@
-"""Cityscapes and VOC: tiny trees in the published layouts, and what a missing or broken one says."""
+"""CamVid, Cityscapes and VOC: tiny trees in the published layouts, and what a missing or broken one says."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_voc2012(tmp_path):
         assert sample.image.shape == (3, 5, 7)
 
 
-@pytest.mark.parametrize("name", ["cityscapes", "voc2012"])
+@pytest.mark.parametrize("name", ["camvid", "cityscapes", "voc2012"])
 def test_missing_root_is_one_line_with_the_path(tmp_path, name):
     dataset = DATASETS.create(name, {"root": str(tmp_path / "none")})
     for touch in (len, lambda d: d[0], lambda d: d.fingerprint(), lambda d: d.ids()):
@@ -123,3 +123,62 @@ def test_label_map_of_another_kind_or_size(tmp_path):
     save(path, np.zeros((5, 8), dtype=np.uint8))
     with pytest.raises(DataError, match="8x5 pixels, its image 7x5"):
         DATASETS.create("voc2012", {"root": str(tmp_path)})[0]
+
+
+def camvid(root, names=("0001TP_006690", "0001TP_006720"), split="test"):
+    truth = {}
+    for name in names:
+        pixels = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        labels = RNG.permutation(np.arange(48) % 12).reshape(6, 8).astype(np.uint8)
+        save(root / "CamVid" / split / f"{name}.png", pixels)
+        save(root / "CamVid" / f"{split}annot" / f"{name}.png", labels)
+        truth[name] = (pixels, labels)
+    return truth
+
+
+@pytest.mark.parametrize("split", ["test", "val", "train"])
+def test_camvid(tmp_path, split):
+    truth = camvid(tmp_path, split=split)
+    for root in (tmp_path, tmp_path / "CamVid"):
+        dataset = DATASETS.create("camvid", {"root": str(root), "split": split})
+        assert list(dataset.ids()) == list(truth) and len(dataset.classes) == 11
+        for i, (pixels, labels) in enumerate(truth.values()):
+            sample = dataset[i]
+            assert np.array_equal((sample.image * 255).round().numpy().transpose(1, 2, 0), pixels)
+            assert np.array_equal(sample.target.numpy(), np.where(labels == 11, 255, labels))  # void
+
+
+def test_wrong_camvid(tmp_path):
+    camvid(tmp_path)
+    folder = tmp_path / "CamVid"
+    with pytest.raises(DataError, match=f"{folder}/val does not exist|{tmp_path}/val does not exist"):
+        len(DATASETS.create("camvid", {"root": str(tmp_path), "split": "val"}))
+    path = folder / "testannot" / "0001TP_006690.png"
+    save(path, np.full((6, 8), 12, dtype=np.uint8))
+    with pytest.raises(DataError, match=f"{path} holds label 12, expected 0 to 10, or 255"):
+        DATASETS.create("camvid", {"root": str(tmp_path)})[0]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match=f"label map {path} cannot be read"):
+        DATASETS.create("camvid", {"root": str(tmp_path)})[0]
+    path.unlink()
+    with pytest.raises(DataError, match=f"label map {path} does not exist"):
+        DATASETS.create("camvid", {"root": str(tmp_path)})[0]
+    (folder / "test" / "0001TP_006720.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"image .*0001TP_006720\.png cannot be read"):
+        DATASETS.create("camvid", {"root": str(tmp_path)})[1]
+    (folder / "testannot").rename(folder / "annotations")
+    with pytest.raises(DataError, match=f"{folder}/testannot does not exist"):
+        len(DATASETS.create("camvid", {"root": str(tmp_path)}))
+
+
+def test_wrong_labels_name_the_file(tmp_path):
+    folder, _ = voc(tmp_path)
+    path = folder / "SegmentationClass" / "2007_000033.png"
+    save(path, np.full((5, 7), 21, dtype=np.uint8), palette=True)
+    with pytest.raises(DataError, match=f"{path} holds label 21, expected 0 to 20, or 255 where ignored"):
+        DATASETS.create("voc2012", {"root": str(tmp_path)})[0]
+    cityscapes(tmp_path / "c")
+    path = next((tmp_path / "c" / "gtFine").rglob("aachen*labelTrainIds.png"))
+    save(path, np.full((6, 8), 19, dtype=np.uint8))
+    with pytest.raises(DataError, match=f"{path} holds label 19"):
+        DATASETS.create("cityscapes", {"root": str(tmp_path / "c")})[0]
