@@ -205,7 +205,9 @@ def run(
         for line in notes(frame):
             out.print(escape(line))
     err.print(f"wrote {escape(str(written))}")
-    if plan.grid.figures and not display.errors:
+    if plan.grid.figures and display.errors:
+        err.print("figures are not drawn: some of their cells may have failed")
+    elif plan.grid.figures:
         _draw(plan, opened, written, devices[0], None)
     if audit:
         _run_extras(plan, opened, store, devices, workers, audit_images, quiet)

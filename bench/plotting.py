@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "DASHES", "HATCHES", "INK", "MARKERS", "PAPER", "rendered", "styled"]
+__all__ = ["COLORS", "DASHES", "HATCHES", "INK", "MARKERS", "PAPER", "rendered", "stroke", "styled"]
 
 # Written into the SVG as they are; the report's page replaces them, so that plots follow its light or dark colours.
 INK = "#1f1f1f"
@@ -36,6 +36,14 @@ def styled(draw: Callable[[], T], **more: Any) -> T:
     style: Any = {**_STYLE, **more}
     with mpl.rc_context(style):
         return draw()
+
+
+def stroke(place: int) -> dict[str, Any]:
+    """How the curve at this place looks; signs get smaller, so that those of curves that run together all show."""
+    return {
+        "color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)], "markersize": max(4, 8 - place),
+        "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.4,
+    }  # fmt: skip
 
 
 def rendered(figure: Figure, name: str) -> tuple[bytes, bytes]:

@@ -62,7 +62,7 @@ class Bars(FigureKind):
         return pd.DataFrame(
             [
                 {**labels(cell), "quantity": name, **found}
-                for cell in select(source.plan, self.where)
+                for cell in source.applicable(select(source.plan, self.where))
                 for name, found in self.quantities.of(source, cell).items()
             ]
         )

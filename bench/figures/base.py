@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from bench.views import View, for_each_view
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 Where = dict[str, str | list[str]]
 """Column -> label, or any of several labels, that a cell must have."""
@@ -96,15 +99,27 @@ class Source:
 
         return cell_frame(self.plan, self.store)
 
+    def applicable(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that did not turn out to have no meaning when they were run; the others are logged.
+
+        Raises:
+            StoreError: none is left.
+        """
+        reasons = {cell.label: not_applicable(self.store, cell) for cell in cells}
+        for label, reason in reasons.items():
+            if reason is not None:
+                logger.warning("not drawn: %s: %s", label, reason)
+        kept = [cell for cell in cells if reasons[cell.label] is None]
+        if not kept:
+            raise StoreError(f"cell '{cells[0].label}' has no images: {reasons[cells[0].label]}")
+        return kept
+
     def views(self, cell: Cell, consume: Callable[[View], None], ids: Sequence[str] | None = None) -> None:
         """Feed `consume` the images of a cell (`bench.views.for_each_view`).
 
         Raises:
-            StoreError: the cell has not been run, or turned out to have no meaning.
+            StoreError: the cell has not been run.
         """
-        reason = not_applicable(self.store, cell)
-        if reason is not None:
-            raise StoreError(f"cell '{cell.label}' has no images: {reason}")
         for_each_view(cell, self.store, self.device, consume, ids, self.plan.options.batch_size)
 
 

@@ -14,7 +14,7 @@ from bench.errors import GridError, unknown
 from bench.figures.base import COLUMNS, FigureKind, Source, Where, attacked, labels, legend, panels
 from bench.figures.quantities import Distance, Quantities, scale
 from bench.plan import Cell, Plan
-from bench.plotting import COLORS, DASHES, MARKERS
+from bench.plotting import stroke
 from bench.registry import FIGURES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Curve(FigureKind):
 
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns role, defense, attack, level_label, x (its name and value), quantity, value, low, high, n."""
-        cells = attacked(source.plan, self.where)
+        cells = source.applicable(attacked(source.plan, self.where))
         families = _families(cells, self.x)
         lines = [
             {
@@ -103,14 +103,10 @@ class Curve(FigureKind):
                 part = part if value is None else part[part[str(self.panels)] == value]
                 for place, name in enumerate(curves):
                     points = part[part[self.curves] == name].sort_values("at")
-                    color, xs = COLORS[place % len(COLORS)], points["at"] * factor
-                    axes.fill_between(
-                        xs, points["low"] * times, points["high"] * times, color=color, alpha=0.1, linewidth=0
-                    )
-                    axes.plot(
-                        xs, points["value"] * times, marker=MARKERS[place % len(MARKERS)], color=color, markersize=6,
-                        linestyle=DASHES[place % len(DASHES)], linewidth=1.4, label=name,
-                    )  # fmt: skip
+                    xs, look = points["at"] * factor, stroke(place)
+                    low, high = points["low"] * times, points["high"] * times
+                    axes.fill_between(xs, low, high, color=look["color"], alpha=0.1, linewidth=0)
+                    axes.plot(xs, points["value"] * times, label=name, **look)
                 _ticks(axes, sorted(set(lines["at"] * factor)))
                 if turned or row == len(quantities) - 1:
                     axes.set_xlabel("eps (of 255)" if self.x == "eps" else self.x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.errors import GridError
 from bench.figures.base import FigureKind, Source, Where, labels, legend, mean_line, panels, select
 from bench.plan import Cell, Plan
-from bench.plotting import COLORS, DASHES, MARKERS
+from bench.plotting import stroke
 from bench.protocols import TargetModel
 from bench.registry import FIGURES
 from bench.views import View
@@ -70,9 +70,10 @@ class Layers(FigureKind):
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns series, role, defense, attack, level_label, index and layer, value, low, high, n."""
         cells = self._cells(source.plan)
+        kept = source.applicable(list(cells.values()))
         lines = []
         chosen: list[str] = list(self.layers or ())
-        for name, cell in cells.items():
+        for name, cell in ((n, c) for n, c in cells.items() if c in kept):
             seen: dict[str, list[float]] = {}
 
             def consume(view: View, cell: Cell = cell, seen: dict[str, list[float]] = seen) -> None:
@@ -103,14 +104,11 @@ class Layers(FigureKind):
         figure, ((axes,),) = panels(1, 1, (max(5.5, 1.2 + 0.42 * len(layers)), 4.0))
         for place, name in enumerate(dict.fromkeys(lines["series"])):
             points = lines[lines["series"] == name]
-            color = COLORS[place % len(COLORS)]
+            look = stroke(place)
             axes.fill_between(
-                points["index"], points["low"], points["high"], color=color, alpha=0.1, linewidth=0
+                points["index"], points["low"], points["high"], color=look["color"], alpha=0.1, linewidth=0
             )
-            axes.plot(
-                points["index"], points["value"], marker=MARKERS[place % len(MARKERS)], color=color, markersize=6,
-                linestyle=DASHES[place % len(DASHES)], linewidth=1.4, label=name,
-            )  # fmt: skip
+            axes.plot(points["index"], points["value"], label=name, **look)
         axes.set_xticks(range(len(layers)), layers, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer of the target, from the pixels to the top")

@@ -41,7 +41,7 @@ class Noise(FigureKind):
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns role, defense, attack, level_label, n, slope, correlation; added, removed (in 1/255) and count."""
         lines = []
-        for cell in attacked(source.plan, self.where):
+        for cell in source.applicable(attacked(source.plan, self.where)):
             added: list[np.ndarray] = []
             removed: list[np.ndarray] = []
 
@@ -88,10 +88,8 @@ class Noise(FigureKind):
         ends = np.array([edges[0][0], edges[0][-1]])
         for axes, part in zip(row, cells, strict=True):
             table, _, _ = np.histogram2d(part["removed"], part["added"], edges[::-1], weights=part["count"])
-            table /= part["count"].sum()
-            mesh = axes.pcolormesh(
-                *edges, np.ma.masked_equal(table, 0), cmap="Greys", norm=LogNorm(1e-6, 0.1), rasterized=True
-            )
+            shares = np.ma.masked_equal(table / part["count"].sum(), 0)
+            mesh = axes.pcolormesh(*edges, shares, cmap="Greys", norm=LogNorm(1e-5, 0.3), rasterized=True)
             slope = float(part["slope"].iloc[0])
             axes.plot(ends, ends, color=PAPER, linewidth=3)
             axes.plot(

@@ -58,9 +58,8 @@ class TSNE(FigureKind):
 
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns role, defense, attack, level_label, n, set, class, name, x, y, agreement (of the set)."""
-        return pd.concat(
-            [self._cell(source, cell) for cell in attacked(source.plan, self.where)], ignore_index=True
-        )
+        cells = source.applicable(attacked(source.plan, self.where))
+        return pd.concat([self._cell(source, cell) for cell in cells], ignore_index=True)
 
     def _cell(self, source: Source, cell: Cell) -> pd.DataFrame:
         from sklearn import manifold

@@ -16,14 +16,14 @@ import yaml
 from torch import nn
 
 from bench.cli import main
-from bench.errors import BenchError, GridError
+from bench.errors import BenchError, GridError, StoreError
 from bench.figures import FigureSpec
 from bench.figures.base import Source
 from bench.figures.layers import blocks, relative
 from bench.figures.noise import fit, reach, spacing
 from bench.figures.output import figure_kinds
 from bench.figures.tsne import agreement, first_of_each
-from bench.plan import Options, make_plan
+from bench.plan import Cell, Options, make_plan
 from bench.store import Store
 from tasks.classification.cifar_nets import VGG
 from tasks.classification.model import LogitsClassifier
@@ -239,7 +239,7 @@ BAD = [
     ({"where": {"attack": "bright0.1"}}, "where.attack: unknown attack 'bright0.1': did you mean 'bright-0.1'?"),
     ({"where": {"defence": "none"}}, "figures[0]: where: unknown column 'defence': did you mean 'defense'?"),
     ({"where": {"attack": "clean"}}, "figures[0]: where: every cell is clean, expected attacked ones"),
-    ({"y": ["acuracy"], "distance": None}, "unknown quantity of task classification 'acuracy': did you mean 'accuracy'?"),
+    ({"y": ["acuracy"], "distance": None}, "quantity of task classification 'acuracy': did you mean 'accuracy'?"),
     ({"x": "sizes"}, "x: attack 'bright-0.02': unknown parameter 'sizes': did you mean 'size'?"),
     ({"panels": None}, "are one point: choose with `where` among defense, or name it in `curves` or `panels`"),
     ({"curves": "defense"}, "curves and panels are both 'defense'"),
@@ -302,3 +302,17 @@ def test_mistakes_of_the_command(ran: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_layer_that_does_not_exist_is_named(ran: Path) -> None:
     with pytest.raises(GridError, match=r"unknown layer of Linear 'head2': did you mean 'head.2'"):
         computed(ran, **SPREAD, where={"attack": "bright-0.1"}, layers=["head2"])
+
+
+def test_cells_without_meaning_are_left_out(
+    ran: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reason(store: Store, cell: Cell) -> str | None:
+        return "too small" if cell.defense_label == "darken" else None
+
+    monkeypatch.setattr("bench.figures.base.not_applicable", reason)
+    lines = computed(ran, kind="bars", y=["accuracy"], where={"attack": "bright-0.1"})
+    assert list(lines["defense"]) == ["none"]
+    assert "not drawn: classification / darken / bright-0.1 / oblivious: too small" in caplog.text
+    with pytest.raises(StoreError, match="has no images: too small"):
+        computed(ran, kind="noise", where={"defense": "darken"})
