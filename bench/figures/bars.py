@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -41,6 +42,7 @@ class Bars(FigureKind):
         if groups == bars:
             raise GridError(f"groups and bars are both '{groups}'")
         self.where, self.groups, self.bars = where, groups, bars
+        self.shown = (groups, bars)
         self.quantities = Quantities(y, distance)
 
     def check(self, plan: Plan) -> None:
@@ -93,7 +95,9 @@ class Bars(FigureKind):
                     )  # fmt: skip
                 centres.append(start + (len(present[group]) - 1) / 2)
                 start += len(present[group]) + 1
-            axes.set_xticks(centres, groups, rotation=0 if len(groups) < 9 else 30)
+            width = int(12 * figure.get_figwidth() / (len(groups) + 1))
+            names = [textwrap.fill(str(group).replace("+", " + "), width) for group in groups]
+            axes.set_xticks(centres, names, fontsize=9)
             axes.grid(visible=False, axis="x")
             axes.set_ylabel(label)
             if label.count("%"):

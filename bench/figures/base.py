@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +124,15 @@ class Source:
 
 
 class FigureKind(ABC):
-    """One kind of figure; the constructor's annotated arguments are its parameters in a grid."""
+    """One kind of figure; the constructor's annotated arguments are its parameters in a grid.
+
+    Attributes:
+        shown: columns whose values stand in the figure itself.
+    """
 
     name: str
     params: Mapping[str, Any]
+    shown: Collection[str] = ()
 
     @abstractmethod
     def check(self, plan: Plan) -> None:
@@ -192,14 +197,14 @@ def legend(figure: Figure, axes: Axes) -> None:
     )  # fmt: skip
 
 
-def constant(lines: pd.DataFrame) -> str:
-    """What all lines have in common, in words: no number without its threat level."""
+def constant(lines: pd.DataFrame, shown: Collection[str] = ()) -> str:
+    """What lines have in common, in words, and their threat levels unless `shown` has them: none goes without."""
     found = [
         f"{prefix}{lines[column].iloc[0]}"
         for column, prefix in (("role", ""), ("defense", "defense "), ("attack", "attack "))
         if column in lines and lines[column].nunique() == 1
     ]
-    if "level_label" in lines:
+    if "level_label" in lines and "level_label" not in shown:
         levels = list(dict.fromkeys(lines["level_label"]))
         found.append(" and ".join([level for level in levels if level != CLEAN] or levels))
     counts = sorted({int(n) for n in lines["n"]}) if "n" in lines else []

@@ -52,6 +52,7 @@ class Curve(FigureKind):
         if curves == panels:
             raise GridError(f"curves and panels are both '{curves}'")
         self.x, self.where, self.curves, self.panels = x, where, curves, panels
+        self.shown = (curves, panels or "")
         self.quantities = Quantities(y, distance)
 
     def check(self, plan: Plan) -> None:

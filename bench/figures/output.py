@@ -104,7 +104,7 @@ def draw_figure(kind: FigureKind, lines: pd.DataFrame, title: str, profile: str)
     figure = styled(lambda: kind.draw(lines))
     width = int(figure.get_figwidth() * 11.5)
     # So that a list of sources can be broken.
-    below = constant(lines).replace("+", " + ")
+    below = constant(lines, kind.shown).replace("+", " + ")
     text = textwrap.wrap(f"profile {profile}{f': {below}' if below else ''}", width)
     styled(lambda: figure.suptitle("\n".join([*textwrap.wrap(title, width), *text]), fontsize=10.5))
     return figure
