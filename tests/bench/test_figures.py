@@ -103,9 +103,11 @@ def test_every_figure_comes_out_as_png_svg_and_csv(ran: Path) -> None:
 
 
 def test_the_same_again_whatever_the_batches(ran: Path, tmp_path: Path) -> None:
-    bench("figure", "-g", ran / "grid.yaml", "--store", ran / "s", "--out", tmp_path, "--device", "cpu")
+    chosen = ("curves", "noise")
+    grid = ("-g", ran / "grid.yaml", "--store", ran / "s", "--device", "cpu")
+    bench("figure", *chosen, *grid, "--out", tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{spec['name']}.{suffix}" for spec in FIGURES for suffix in ("png", "svg", "csv")}
+    assert names == {f"{name}.{suffix}" for name in chosen for suffix in ("png", "svg", "csv")}
     for name in names:
         assert (tmp_path / name).read_bytes() == (ran / "o" / name).read_bytes(), name
     source = Source(make_plan(Options(ran / "grid.yaml", batch_size=3)), Store(ran / "s"), CPU)
