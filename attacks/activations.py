@@ -18,6 +18,7 @@ from attacks.projections import make_projection
 from bench.errors import GridError, NotApplicable, unknown
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels, Warped
 from bench.registry import ATTACKS
+from tasks import heads
 
 
 # -- layers -------------------------------------------------------------------------------------------------------
@@ -62,36 +63,12 @@ def activations(oracle: Oracle, images: Tensor, layers: Sequence[str]) -> list[T
 
 def maps_of(oracle: Oracle, images: Tensor, kind: type[nn.Module] = nn.Module) -> list[tuple[str, Tensor]]:
     """Modules of `kind` that run once and return maps (1, C, H, W), with the first image's maps, as they end."""
-    network = network_of(oracle)
-    ends: list[tuple[str, Any]] = []
-
-    def end(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, out: ends.append((name, out))
-
-    hooks = [m.register_forward_hook(end(n)) for n, m in network.named_modules() if n and isinstance(m, kind)]
-    try:
-        with torch.no_grad():
-            oracle.select([0]).logits(images[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names = [name for name, _ in ends]
-    return [
-        (name, out)
-        for name, out in ends
-        if isinstance(out, Tensor) and out.ndim == 4 and names.count(name) == 1
-    ]
+    return heads.maps_of(network_of(oracle), lambda: oracle.select([0]).logits(images[:1]), kind)
 
 
 def stage_ends(oracle: Oracle, images: Tensor) -> list[str]:
     """The last module at each resolution: what a network has to say at every scale."""
-    last: dict[tuple[int, ...], str] = {}
-    for name, out in maps_of(oracle, images):
-        if out.shape[-1] > 1:
-            last[tuple(out.shape[-2:])] = name
-    if not last:
-        raise NotApplicable("the network has no layer that returns maps")
-    return list(last.values())
+    return heads.stage_ends(network_of(oracle), lambda: oracle.select([0]).logits(images[:1]))
 
 
 # -- TAP ----------------------------------------------------------------------------------------------------------

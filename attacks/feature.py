@@ -21,7 +21,7 @@ from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels, TargetModel, Warped
 from bench.registry import ATTACKS
 from bench.weights import sha256_file
-from tasks.heads import class_rows, feature_layer, final_linear, last_convolution, last_maps
+from tasks.heads import class_rows, final_linear, last_convolution, last_maps, named_layer
 from tasks.vgg import vgg_features
 
 
@@ -29,7 +29,8 @@ class FeatureDistance(Loss):
     """Distance of the activations of one layer from those of the clean image, (B,).
 
     Args:
-        layer: module of the victim's network; None = what stands for what it sees (`tasks.heads.feature_layer`).
+        layer: module of the victim's network, or `stage:K`; None = what stands for what it sees
+            (`tasks.heads.named_layer`).
         distance: `mse` or `mae`, means over an image's activations.
     """
 
@@ -43,7 +44,7 @@ class FeatureDistance(Loss):
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective, with its layer found in the victim."""
-        named = FeatureDistance(self.layer or feature_layer(_model(oracle), images), self.distance)
+        named = FeatureDistance(named_layer(_model(oracle), images, self.layer), self.distance)
         return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
@@ -244,7 +245,8 @@ class SSP(_Feature):
 
     Args:
         layer: of the victim's network, None = the maps pooled for a classifier's linear layer, otherwise everything
-            its backbone returns; with `vgg` one of its activations, None = `relu3_3`.
+            its backbone returns, `stage:K` = the last at the K-th size of its maps (of a VGG the end of block K); with
+            `vgg` one of its activations, None = `relu3_3`.
         vgg: weights of a VGG in torchvision's layout. The attack then asks the victim for nothing, whatever defense
             stands in front of it.
         mode: `code` or `paper`.

@@ -65,7 +65,9 @@ PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file 
 AuditImagesOption = Annotated[
     int, typer.Option("--audit-images", min=0, help="Images of the extra cells; 0 = 100, 24 or 20 by task.")
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the tables; default results/GRID.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder for tables and figures; default results/GRID.")
+]
 DEFAULT_STORE = Path(".bench")
 CHECKPOINTS = "checkpoints"
 Format = Literal["markdown", "csv", "latex", "html", "parquet"]
@@ -203,6 +205,10 @@ def run(
         for line in notes(frame):
             out.print(escape(line))
     err.print(f"wrote {escape(str(written))}")
+    if plan.grid.figures and display.errors:
+        err.print("figures are not drawn: some of their cells may have failed")
+    elif plan.grid.figures:
+        _draw(plan, opened, written, devices[0], None)
     if audit:
         _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
         _report(plan, opened, audit_images)
@@ -322,7 +328,7 @@ def _default_workers(devices: Sequence[str], seconds: float) -> int:
 
 
 def _check_tables(plan: Plan) -> None:
-    """Build every table on cells that have not run: a table that cannot be built must not cost a run first."""
+    """Build every table on cells that have not run: a table or figure that cannot be made must not cost a run first."""
     from bench.frame import cell_frame
     from bench.tables import build
 
@@ -332,6 +338,10 @@ def _check_tables(plan: Plan) -> None:
             build(frame, spec)
         except GridError as error:
             raise GridError(f"{plan.options.grid}, tables[{index}]: {error}") from None
+    if plan.grid.figures:
+        from bench.figures.output import check_figures
+
+        check_figures(plan)
 
 
 def _write(plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]) -> tuple[Any, Path]:
@@ -685,7 +695,10 @@ def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, form
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(help="defenses, attacks, tasks, models, datasets, metrics, grids or checkpoints.")
+        str,
+        typer.Argument(
+            help="defenses, attacks, tasks, models, datasets, metrics, figures, grids or checkpoints."
+        ),
     ],
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
@@ -699,6 +712,7 @@ def list_command(
     registries: dict[str, Any] = {
         "defenses": registry.DEFENSES, "attacks": registry.ATTACKS, "tasks": registry.TASKS,
         "models": registry.MODELS, "datasets": registry.DATASETS, "metrics": registry.METRICS,
+        "figures": registry.FIGURES,
     }  # fmt: skip
     if kind == "grids":
         from bench.grid import read_yaml
@@ -812,6 +826,42 @@ def show(
     out.print(
         f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}"
     )
+
+
+@app.command()
+def figure(
+    grid: GridOption,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures of the grid; default: all.")
+    ] = None,
+    profile: ProfileOption = None,
+    seed: SeedOption = None,
+    limit: LimitOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda:N; default: the first GPU, else the CPU.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    out_dir: OutOption = None,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Draw the figures of a grid that has run, as PNG and SVG with the numbers as CSV; attacks nothing.
+
+    `run` draws them too, after its tables.
+    """
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    if not plan.grid.figures:
+        raise GridError(f"{grid}: no figures (key `figures`)")
+    _draw(plan, opened, out_dir or Path("results") / plan.grid.name, _devices(device)[0], names or None)
+
+
+def _draw(plan: Plan, opened: Store, folder: Path, device: str, names: Sequence[str] | None) -> None:
+    import torch
+
+    from bench.figures.output import write_figures
+
+    for path in write_figures(plan, opened, folder, torch.device(device), names):
+        if path.suffix == ".png":
+            err.print(f"wrote {escape(str(path))}, .svg and .csv")
 
 
 @app.command()

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bench.errors import GridError, unknown
+from bench.figures import FigureSpec
 from bench.tables import TableSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +119,15 @@ class Grid(_Strict):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     blocks: list[Block] = Field(min_length=1)
     tables: list[TableSpec] = Field(default_factory=list)
+    figures: list[FigureSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _files(self) -> Grid:
+        names = [*(table.name for table in self.tables), *(figure.name for figure in self.figures)]
+        for name in names:
+            if self.figures and names.count(name) > 1:
+                raise ValueError(f"two tables or figures are called '{name}': their files would be one")
+        return self
 
 
 class Role(_Strict):

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bench.errors import GridError, StoreError, unknown
 from bench.plan import Cell, task_instance
-from bench.protocols import Batch, ImageRNG
-from bench.runner import craft_record, load_model
 from bench.store import Store
+from bench.views import View, for_each_view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,32 +61,24 @@ def strip(cell: Cell, store: Store, image: str | int, device: torch.device) -> S
         image = ids[image]
     elif image not in ids:
         raise GridError(unknown(f"image of cell '{cell.label}'", image, ids))
-    record = craft_record(store, cell.craft)
-    if record.missing([image]):
-        raise StoreError(f"cell '{cell.label}', image {image} has not been attacked yet: run the grid first")
-    model = load_model(cell.target, device)
-    defense = cell.defense.to(device)
-    sample = model.prepare(cell.target.dataset[list(cell.target.dataset.ids()).index(image)])
-    batch = Batch.of([sample]).to(device)
-    attacked = record.read_images([image])[0].to(device)
-    # The draws of the first repeat, as the row's own evaluation had them.
-    rng = ImageRNG.for_images(cell.key, batch.ids)
+    views: list[View] = []
+    for_each_view(cell, store, device, views.append, [image])
+    (view,) = views
+    clean, attacked, predict = view.batch.images, view.attacked, view.model.predict
     panels: list[tuple[str, Tensor, Any]] = []
     with torch.no_grad():
-        for heading, pixels in (("clean", batch.images), ("attacked", attacked)):
-            panels.append((heading, pixels[0].cpu(), model.predict(pixels)[0]))
-        noise = (NOISE_GAIN * (attacked - batch.images) + 0.5).clamp(0, 1)
+        for heading, pixels in (("clean", clean), ("attacked", attacked)):
+            panels.append((heading, pixels[0].cpu(), predict(pixels)[0]))
+        noise = (NOISE_GAIN * (attacked - clean) + 0.5).clamp(0, 1)
         panels.append((f"noise x{NOISE_GAIN}", noise[0].cpu(), None))
-        purified = defense.purify(attacked, rng.fork("repeat", 0))
-        # Predictions are in the coordinates of the image before the defense moved it.
-        said = model.predict(purified.images, geometry=purified.geometry)[0]
-        same = purified.images.shape == batch.images.shape
-        panels.append(("attacked, purified", purified.images[0].cpu() if same else attacked[0].cpu(), said))
-        kept = defense.purify(batch.images, rng.fork("repeat", 0))
-        said = model.predict(kept.images, geometry=kept.geometry)[0]
-        panels.append(("clean, purified", kept.images[0].cpu() if same else batch.images[0].cpu(), said))
+        for heading, pixels in (("attacked, purified", attacked), ("clean, purified", clean)):
+            purified = view.purify(pixels)
+            # Predictions are in the coordinates of the image before the defense moved it.
+            said = predict(purified.images, geometry=purified.geometry)[0]
+            shown = purified.images if purified.images.shape == clean.shape else pixels
+            panels.append((heading, shown[0].cpu(), said))
     title = f"{cell.target.role}: {cell.defense_label}\n{cell.attack_label}, {cell.level_label}"
-    return Strip(title, cell.target.task, cell.target.dataset.classes, tuple(panels), sample.target)
+    return Strip(title, cell.target.task, cell.target.dataset.classes, tuple(panels), view.batch.targets[0])
 
 
 def picture(strips: Sequence[Strip], size: float = 1.9) -> Figure:

@@ -182,6 +182,9 @@ TASKS: PluginRegistry[Any] = PluginRegistry("task", ("tasks",), "bench.protocols
 MODELS: PluginRegistry[Any] = PluginRegistry("model", ("tasks",), "bench.protocols:ModelSource")
 DATASETS: PluginRegistry[Any] = PluginRegistry("dataset", ("tasks",), "bench.protocols:Dataset")
 METRICS: PluginRegistry[Any] = PluginRegistry("metric", ("tasks",), "bench.protocols:Metric")
+FIGURES: PluginRegistry[Any] = PluginRegistry(
+    "figure kind", ("bench.figures",), "bench.figures.base:FigureKind"
+)
 
 
 def load_plugin(path: Path) -> ModuleType:

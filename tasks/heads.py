@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.errors import NotApplicable
+from bench.errors import GridError, NotApplicable
 from bench.protocols import TargetModel
 
-__all__ = ["class_rows", "feature_layer", "final_linear", "last_convolution", "last_maps"]
+__all__ = [
+    "class_rows",
+    "feature_layer",
+    "final_linear",
+    "last_convolution",
+    "last_maps",
+    "maps_of",
+    "named_layer",
+    "stage_ends",
+]
 
 
 def final_linear(model: TargetModel) -> nn.Linear | nn.Conv2d:
@@ -155,6 +164,78 @@ def feature_layer(model: TargetModel, images: Tensor) -> str:
     if not hasattr(_network(model), "backbone"):
         raise NotApplicable(f"{type(_network(model)).__name__} has no backbone: name a layer of features")
     return "backbone"
+
+
+def named_layer(model: TargetModel, images: Tensor, name: str | None) -> str:
+    """The layer meant by `name`: None = `feature_layer`, `stage:K` = the last at the K-th size of maps, or a module.
+
+    `stage:K` means something in every network: of a VGG it is the last ReLU of block K.
+
+    Args:
+        model: any target.
+        images: as in `last_maps`.
+        name: as grids and recipes say it.
+
+    Raises:
+        GridError: the model has no such stage.
+        NotApplicable: as `feature_layer`, or it has no maps.
+    """
+    if name is None:
+        return feature_layer(model, images)
+    if not name.startswith("stage:"):
+        return name
+    found = stage_ends(_network(model), lambda: model.predict(images[:1]))
+    number = name.removeprefix("stage:")
+    if not number.isdecimal() or not 1 <= int(number) <= len(found):
+        raise GridError(
+            f"layer '{name}': {type(_network(model)).__name__} has stages 1 to {len(found)} ({', '.join(found)})"
+        )
+    return found[int(number) - 1]
+
+
+def maps_of(
+    network: nn.Module, run: Callable[[], object], kind: type[nn.Module] = nn.Module
+) -> list[tuple[str, Tensor]]:
+    """Modules of `kind` that run once and return maps (B, C, H, W), with these maps, as they end.
+
+    Args:
+        network: whose modules.
+        run: runs it once.
+        kind: of modules.
+    """
+    ends: list[tuple[str, Any]] = []
+
+    def end(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, out: ends.append((name, out))
+
+    hooks = [m.register_forward_hook(end(n)) for n, m in network.named_modules() if n and isinstance(m, kind)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [name for name, _ in ends]
+    return [
+        (name, out)
+        for name, out in ends
+        if isinstance(out, Tensor) and out.ndim == 4 and names.count(name) == 1
+    ]
+
+
+def stage_ends(network: nn.Module, run: Callable[[], object]) -> list[str]:
+    """The last module at each size of maps larger than 1, in the order the sizes appear; arguments as `maps_of`.
+
+    Raises:
+        NotApplicable: no module returns maps.
+    """
+    last: dict[tuple[int, ...], str] = {}
+    for name, out in maps_of(network, run):
+        if out.shape[-1] > 1:
+            last[tuple(out.shape[-2:])] = name
+    if not last:
+        raise NotApplicable("the network has no layer that returns maps")
+    return list(last.values())
 
 
 def _channels(linear: nn.Linear | nn.Conv2d) -> int:

@@ -20,7 +20,16 @@ from pydantic import TypeAdapter
 from bench.cli import app, main
 from bench.grid import Grid, Profile, Threat, load_profile, parse
 from bench.paper import PAPERS, table_ids
-from bench.registry import ATTACKS, DATASETS, DEFENSES, ENTRY_POINT_GROUP, METRICS, MODELS, load_plugin
+from bench.registry import (
+    ATTACKS,
+    DATASETS,
+    DEFENSES,
+    ENTRY_POINT_GROUP,
+    FIGURES,
+    METRICS,
+    MODELS,
+    load_plugin,
+)
 from defenses.networks.build import PURIFIERS
 from defenses.training.objectives import OBJECTIVES
 from defenses.training.recipe import CRITICS, RECIPES, Recipe
@@ -62,7 +71,7 @@ GRIDS = sorted(name for name, text in YAML.items() if "blocks" in yaml.safe_load
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the guide's files, on toy data where they name the embedded one; what they register is removed."""
     load_plugin(PLUGINS / "toy.py")
-    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS):
+    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS, FIGURES):
         registry.discover()
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     tables: tuple[dict[str, Any], ...] = (PURIFIERS, OBJECTIVES, RECIPES)
@@ -125,6 +134,10 @@ def test_the_guides_plugins_run(guide: Path, name: str, capsys: pytest.CaptureFi
         assert left[own] < 0.5 * left["noise"] <= left["clean"]
     if own in METRICS.names():
         assert own in set(finished["metric"])
+    if own in FIGURES.names():
+        assert {path.name for path in (guide / "out").glob(f"{own}.*")} == {
+            f"{own}.{x}" for x in ("png", "svg", "csv")
+        }
 
 
 def test_the_guides_learned_defense_trains_and_runs(guide: Path, capsys: pytest.CaptureFixture[str]) -> None:

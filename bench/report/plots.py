@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import pandas as pd
 
 from bench.errors import StoreError
 from bench.frame import ADAPTIVE, WORST
+from bench.plotting import COLORS, DASHES, INK, MARKERS, PAPER, rendered, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KNOWING", "Plot", "main_lines", "make_plots", "parameters", "percent"]
 
-# Written into the SVG as they are; the page replaces them, so that plots follow its light or dark colours.
-INK = "#1f1f1f"
-PAPER = "#fefefe"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0568c", "#b58900", "#4a90c2", "#8a6fd1")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
-DASHES = ("-", "--", "-.", ":")
 LEVEL_MARKERS = {
     "clean": "o",
     "transfer": "v",
@@ -306,23 +300,6 @@ def _file(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.facecolor": "none",
-    "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "legend.frameon": False, "legend.labelcolor": INK,
-    "axes.grid": True, "grid.color": INK, "grid.alpha": 0.18, "grid.linewidth": 0.6, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True,
-}  # fmt: skip
-
-
-def _styled(draw: Callable[[], Any]) -> Any:
-    import matplotlib as mpl
-
-    style: Any = _STYLE
-    with mpl.rc_context(style):
-        return draw()
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     def make() -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
@@ -330,13 +307,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.add_subplot()
 
-    made: tuple[Figure, Axes] = _styled(make)
+    made: tuple[Figure, Axes] = styled(make)
     return made
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    _styled(
+    styled(
         lambda: figure.legend(
             handles,
             labels,
@@ -350,13 +327,5 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _finish(figure: Figure, name: str, kind: str, title: str, text: str) -> Plot:
-    def save(format: str, **options: Any) -> bytes:
-        sink = io.BytesIO()
-        figure.savefig(sink, format=format, **options)
-        return sink.getvalue()
-
-    # Ids in the SVG are hashes; the salt keeps those of several plots on one page apart, and the bytes the same.
-    _STYLE["svg.hashsalt"] = name
-    svg = _styled(lambda: save("svg", metadata={"Date": None, "Creator": None}))
-    png = _styled(lambda: save("png", dpi=160, metadata={"Software": None}))
+    svg, png = rendered(figure, name)
     return Plot(_file(name), kind, title, text, svg.decode(), png)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.errors import BenchError, MissingCheckpoint
+from bench.figures.output import check_figures
 from bench.frame import cell_frame
 from bench.grid import GRIDS, load_grid, load_profile, read_yaml, split_spec
 from bench.paper import Value, compare, frame_metric, layout, table_ids, values
@@ -80,6 +81,8 @@ def _has(value: Value, where: Mapping[str, Any]) -> bool:
 def test_a_grid_covers_its_table_but_for_what_is_named(path: Path, profile: Path, missing: list[str]) -> None:
     plan = make_plan(Options(path, profile=str(profile)))
     assert plan.grid.name == path.stem
+    check_figures(plan)
+    assert bool(plan.grid.figures) == ("_fig" in path.stem)
     frame = cell_frame(plan, None)
     covered: set[tuple[Any, ...]] = set()
     compared = set()
@@ -111,6 +114,17 @@ def test_every_table_has_a_grid_or_a_reason() -> None:
     for id in table_ids():
         assert id in grids or id == "hgd/table6"
     assert set(NOT_COVERED) <= set(table_ids())
+
+
+def test_every_figure_with_numbers_has_a_grid() -> None:
+    figures = {
+        "cafd": [3, 5, 6],
+        "nrp": [3, 4, 5],
+        "hgd": [5, 7],
+        "alignment": [1, 6],
+    }
+    wanted = {f"{paper}_fig{number}" for paper, numbers in figures.items() for number in numbers}
+    assert {path.stem for path in PAPERS if "_fig" in path.stem} == wanted
 
 
 def test_both_profiles_bind_every_role() -> None:
