@@ -289,8 +289,17 @@ def _worst_lines(
     reasons: Mapping[str, str | None],
     level: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What is left by the attacker who picks the attack per image; of one level, or of all when `level` = adaptive."""
+    """What is left by the attacker who picks the attack per image; of one level, or of all when `level` = adaptive.
+
+    Attacks without a budget do not count.
+    """
     place = {"attack": WORST, "cell": ""} | ({} if level is None else {"level": level, "level_label": level})
+    limited = [cell for cell in cells if cell.attack is not None and cell.attack.eps is not None]
+    if not limited:
+        reason = "no attack here has a budget, and without one every defense falls"
+        return [{**line, **place} for line in _empty(plan, cells[0], status="skip", reason=reason)]
+    # What a nearest-adversarial search finds at its own distance is no failure at the others' eps.
+    cells = limited
     if level is not None:
         cells = [cell for cell in cells if reasons[cell.key] is None]
     skipped = [cell for cell in cells if reasons[cell.key] is not None]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import pandas as pd
 import pytest
 import yaml
@@ -13,32 +17,42 @@ from bench.runner import cell_record
 from bench.store import Store
 from tests.bench.test_run import GRID
 
+Ran = tuple[pd.DataFrame, Options, Store]
+
+
+def run_grid(folder: Path, changes: Mapping[str, Any]) -> Ran:
+    grid, store, out = folder / "toy.yaml", folder / "s", folder / "o"
+    grid.write_text(yaml.safe_dump({**GRID, **changes}))
+    main(["run", "--grid", str(grid), "--store", str(store), "--out", str(out), "-q", "--workers", "1"])
+    return cell_frame(make_plan(Options(grid)), Store(store)), Options(grid), Store(store)
+
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Options, Store]:
-    folder = tmp_path_factory.mktemp("frame")
-    grid = folder / "toy.yaml"
-    grid.write_text(yaml.safe_dump({**GRID, "evaluate": {"repeats": 2}}))
-    main(
-        [
-            "run",
-            "--grid",
-            str(grid),
-            "--store",
-            str(folder / "s"),
-            "--out",
-            str(folder / "o"),
-            "-q",
-            "--workers",
-            "1",
-        ]
-    )
-    options = Options(grid)
-    return cell_frame(make_plan(options), Store(folder / "s")), options, Store(folder / "s")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return run_grid(tmp_path_factory.mktemp("frame"), {"evaluate": {"repeats": 2}})
+
+
+def test_attacks_without_a_budget_do_not_count(tmp_path: Path) -> None:
+    """DDN fools every image, at whatever distance that takes."""
+    attacks = {"weak": {"name": "fgsm", "eps": "1/255"}, "ddn": {"name": "ddn", "steps": 40}}
+    block = {
+        "roles": ["classification"], "defenses": ["none"], "attacks": ["weak", "ddn"], "threats": ["oblivious"],
+    }  # fmt: skip
+    changes = {"evaluate": {}, "attacks": attacks, "blocks": [block], "tables": []}
+    frame, _, _ = run_grid(tmp_path, changes)
+    values = frame[frame["metric"] == "accuracy"].set_index(["level", "attack"])["value"]
+    assert values["oblivious", "ddn"] == 0 < values["oblivious", "weak"]
+    assert values["oblivious", WORST] == values[ADAPTIVE, WORST] == values["oblivious", "weak"]
+
+    (tmp_path / "alone").mkdir()
+    changes["blocks"] = [{**block, "attacks": ["ddn"]}]
+    frame, _, _ = run_grid(tmp_path / "alone", changes)
+    worst = frame[frame["attack"] == WORST]
+    assert set(worst["status"]) == {"skip"} and worst["reason"].str.contains("budget").all()
 
 
 def test_adaptive_is_the_worst_of_every_image_over_all_levels(
-    ran: tuple[pd.DataFrame, Options, Store],
+    ran: Ran,
 ) -> None:
     frame, options, store = ran
     plan = make_plan(options)
@@ -54,7 +68,7 @@ def test_adaptive_is_the_worst_of_every_image_over_all_levels(
 
 
 def test_a_skipped_level_has_no_worst_case_but_does_not_stop_the_adaptive_one(
-    ran: tuple[pd.DataFrame, Options, Store],
+    ran: Ran,
 ) -> None:
     frame = ran[0]
     worst = frame[(frame["attack"] == WORST) & (frame["defense"] == "jpeg")]
@@ -62,7 +76,7 @@ def test_a_skipped_level_has_no_worst_case_but_does_not_stop_the_adaptive_one(
     assert status["white_box"] == {"skip"} and status[ADAPTIVE] == {"ok"}
 
 
-def test_nothing_is_above_what_it_contains(ran: tuple[pd.DataFrame, Options, Store]) -> None:
+def test_nothing_is_above_what_it_contains(ran: Ran) -> None:
     frame = ran[0]
     ok = frame[(frame["status"] == "ok") & (frame["level"] != "clean")]
     for (_, _), part in ok.groupby(["defense", "metric"], observed=True):
@@ -70,6 +84,6 @@ def test_nothing_is_above_what_it_contains(ran: tuple[pd.DataFrame, Options, Sto
         assert float(part[part["level"] == ADAPTIVE]["value"].iloc[0]) == pytest.approx(lowest, nan_ok=True)
 
 
-def test_before_anything_has_run_it_is_pending(ran: tuple[pd.DataFrame, Options, Store]) -> None:
+def test_before_anything_has_run_it_is_pending(ran: Ran) -> None:
     frame = cell_frame(make_plan(ran[1]), None)
     assert set(frame[frame["level"] == ADAPTIVE]["status"]) == {"pending"}
