@@ -29,6 +29,9 @@ SHRINK = 0.999999
 CHECKS = 10
 """How often a run of the optimiser is asked whether it still makes progress."""
 
+PATIENCE = 10
+"""Fewest steps from one such check to the next: Adam's momentum carries a loss uphill for about as long."""
+
 
 def to_tanh(images: Tensor) -> Tensor:
     """Numbers w with (tanh(w) + 1) / 2 = images, nearly (eq. 7 of the paper)."""
@@ -99,9 +102,12 @@ class CWL2(MinimalNorm):
         initial_c: the first of them.
         lr: learning rate of Adam.
         kappa: confidence, the margin by which the victim has to be wrong.
-        abort_early: a descent ends for an image when a tenth of the steps has not lowered its loss by 0.01 %.
+        abort_early: a descent ends for an image when a tenth of the steps, at least ten, has not lowered its loss by
+            0.01 %.
         target: rule for a wrong target to reach; None = untargeted.
     """
+
+    version = 2
 
     def __init__(
         self,
@@ -149,7 +155,7 @@ class CWL2(MinimalNorm):
             start.oracle.select(range(len(start))), start.index, start.clean, start.labels,
             w, from_tanh(w), torch.zeros_like(w), c, Adam.like(w), lowest, lowest.clone(),
         )  # fmt: skip
-        every = -(-self.steps // CHECKS)
+        every = max(PATIENCE, -(-self.steps // CHECKS))
         for step in range(self.steps):
             images = from_tanh(work.w + work.delta)
             seen = look(work.oracle, images, work.labels, self.target is not None)

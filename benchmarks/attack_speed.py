@@ -1,6 +1,6 @@
 """Seconds and passes of our attacks beside those of other libraries and the bare passes, on the mini WideResNet.
 
-    OMP_NUM_THREADS=1 python benchmarks/attack_speed.py [--images 64] [--repeats 5] [--only ddn ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.attack_speed [--images 64] [--repeats 5] [--only ddn ...]
 
 Everything runs on one thread and calls the same network through the same adapter. Seconds are processor time, which
 other processes do not lengthen by waiting for the core. Contestants take turns, in an order that rotates from repeat to
@@ -11,16 +11,15 @@ passes of the whole batch. Passes are counted at the network, per image. Beside 
 share of images misclassified, and the median length of the perturbation of those (L2, or L-infinity for attacks in
 that norm).
 
-Libraries other than foolbox take part where they can be imported.
+Libraries other than foolbox take part where they can be imported: `bash tools/libraries.sh` installs them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,24 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.protocols import ImageRNG, TargetModel
-from bench.registry import ATTACKS, DATASETS, MODELS
-from bench.threat import ModelOracle, Victim
+from bench.protocols import TargetModel
+from bench.registry import MODELS
+from benchmarks.contestants import Case, Network, digits
 
-Run = Callable[[Tensor, Tensor], Tensor]
 EPS, ALPHA = 8 / 255, 2 / 255
-
-
-class Network(nn.Module):
-    """The target's logits as libraries want them."""
-
-    def __init__(self, target: TargetModel) -> None:
-        super().__init__()
-        self.target = target
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.target.logits(images)
 
 
 class Counter:
@@ -65,21 +51,9 @@ class Counter:
         self.backwards += len(grad)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Attacks of equal steps: ours by name and parameters, and those of each library by class and arguments."""
-
-    label: str
-    ours: tuple[str, dict[str, Any]]
-    others: dict[str, tuple[str, dict[str, Any]]]
-    eps: float | None = None
-    norm: float = 2.0
-    images: int | None = None
-
-
 def cases() -> list[Case]:
     """What is compared."""
-    ddn = {"foolbox": ("DDNAttack", {"steps": 100})}
+    ddn = {"foolbox": ("DDNAttack", {"steps": 100}), "adv_lib": ("ddn", {"steps": 100, "levels": None})}
     return [
         Case(
             "fgsm",
@@ -127,12 +101,16 @@ def cases() -> list[Case]:
                 "foolbox": ("L2DeepFoolAttack", {}),
                 "torchattacks": ("DeepFool", {}),
                 "art": ("DeepFool", {"max_iter": 50, "nb_grads": 10}),
+                "adv_lib": ("df", {"steps": 50}),
             },
         ),
         Case(
             "deepfool_linf",
             ("deepfool_linf", {}),
-            {"foolbox": ("LinfDeepFoolAttack", {})},
+            {
+                "foolbox": ("LinfDeepFoolAttack", {}),
+                "adv_lib": ("df", {"steps": 50, "norm": float("inf")}),
+            },
             None,
             float("inf"),
         ),
@@ -142,6 +120,7 @@ def cases() -> list[Case]:
             {
                 "foolbox": ("L2CarliniWagnerAttack", {"steps": 100}),
                 "art": ("CarliniL2Method", {"max_iter": 100, "binary_search_steps": 9}),
+                "adv_lib": ("carlini_wagner_l2", {"max_iterations": 100}),
             },
             images=32,
         ),
@@ -155,59 +134,7 @@ def cases() -> list[Case]:
     ]
 
 
-# -- contestants ----------------------------------------------------------------------------------------------------
-def ours(target: TargetModel, name: str, params: dict[str, Any]) -> Run:
-    """An attack of this project behind its oracle."""
-
-    def run(images: Tensor, labels: Tensor) -> Tensor:
-        attack = ATTACKS.create(name, params)
-        rng = ImageRNG.for_images("speed", map(str, range(len(images))))
-        oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
-        return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
-
-    return run
-
-
-def foolbox(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
-    """An attack of foolbox."""
-    import foolbox as fb
-
-    model = fb.PyTorchModel(network, bounds=(0, 1), device="cpu")
-    attack = getattr(fb.attacks, name)(**arguments)
-
-    def run(images: Tensor, labels: Tensor) -> Tensor:
-        raw, clipped, _ = attack(model, images, fb.criteria.Misclassification(labels), epsilons=eps)
-        return raw if eps is None else clipped
-
-    return run
-
-
-def torchattacks(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
-    """An attack of torchattacks."""
-    import torchattacks as ta
-
-    return getattr(ta, name)(network, **arguments)  # type: ignore[no-any-return]
-
-
-def art(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None) -> Run:
-    """An attack of the Adversarial Robustness Toolbox."""
-    from art.attacks import evasion
-    from art.estimators.classification import PyTorchClassifier
-
-    classifier = PyTorchClassifier(
-        network, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0, 1), device_type="cpu"
-    )
-
-    def run(images: Tensor, labels: Tensor) -> Tensor:
-        attack = getattr(evasion, name)(classifier, batch_size=len(images), verbose=False, **arguments)
-        return torch.from_numpy(attack.generate(images.numpy(), nn.functional.one_hot(labels, 10).numpy()))
-
-    return run
-
-
-LIBRARIES = {"foolbox": foolbox, "torchattacks": torchattacks, "art": art}
-
-
+# -- measuring ---------------------------------------------------------------------------------------------------------
 def bare(network: nn.Module, images: Tensor, forwards: int, backwards: int) -> None:
     """So many forward passes of the batch, with the backward passes spread evenly over them."""
     done = 0
@@ -220,7 +147,6 @@ def bare(network: nn.Module, images: Tensor, forwards: int, backwards: int) -> N
         done = until
 
 
-# -- measuring ------------------------------------------------------------------------------------------------------
 @dataclass
 class Times:
     """What was seen of one contestant."""
@@ -237,10 +163,7 @@ def measure(
 ) -> dict:
     """`Times` of each contestant of a case by name, `floor` among them."""
     network = Network(target)
-    runs: dict[str, Run] = {"ours": ours(target, *case.ours)}
-    for library, (name, arguments) in case.others.items():
-        if importlib.util.find_spec(library) is not None:
-            runs[library] = LIBRARIES[library](network, name, arguments, case.eps)
+    runs = {name: case.run(name, target) for name in ["ours", *case.libraries()]}
     seen = {name: Times() for name in [*runs, "floor"]}
     passes = [0, 0]
 
@@ -320,10 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--only: no such case; there are {', '.join(c.label for c in cases())}")
     torch.set_num_threads(1)
     target = MODELS.create("mini_wrn").load(torch.device("cpu"))
-    dataset = DATASETS.create("mini_digits", {"count": options.images})
-    samples = [dataset[i] for i in range(options.images)]
-    images = torch.stack([s.image for s in samples])
-    labels = torch.tensor([s.target for s in samples])
+    images, labels = digits(options.images)
     counter = Counter(target.network)
     results = []
     console = Console(width=130)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Libraries that would look for weights on a hub fail at once instead of retrying.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("BENCH_STORE", None)
+
+# What tools/libraries.sh installs. At the end: torchattacks brings a `robustbench` that is not robustbench.
+sys.path.append(str(Path(__file__).resolve().parents[1] / ".libraries"))
 
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]

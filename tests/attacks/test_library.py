@@ -139,7 +139,7 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch, library, words):
 
 @pytest.mark.parametrize("library", ["torchattacks", "art"])
 def test_the_other_libraries_where_installed(lab, victim, library):
-    pytest.importorskip(library)
+    pytest.importorskip(library, reason=f"no {library}: run tools/libraries.sh")
     target, images, labels = victim
     name, params = (
         ("PGD", {"steps": 5}) if library == "torchattacks" else ("ProjectedGradientDescent", {"max_iter": 5})

@@ -1,0 +1,560 @@
+"""Success of our attacks beside those of other libraries at equal eps, step size and steps.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.attack_strength [--count 500] [--steps 5] [--only pgd ...]
+        [--csv FILE] [--markdown FILE]
+
+The victim is the mini WideResNet on the embedded test digits. eps is small enough that attacks fail on some images:
+where all succeed, nothing is compared. An attack with an eps is judged by the share of images it gets misclassified
+(that reach their target, where it has one); one that looks for the nearest adversarial image also by the median length
+of its perturbation, an image that is not fooled counting as infinitely far. Ours is `not weaker` if it fools at least
+as many less one point and its median length is at most 1.01 times theirs. Attacks with a random start fool a few other
+images from another start: where ours fools fewer by more than a point, it is `within chance` if an exact sign test on
+the images that only one of the two fools does not reject, at 5 %, that they are equally strong. A library whose images
+leave the budget is not compared.
+
+foolbox and pyautoattack are dependencies of the project; `bash tools/libraries.sh` installs the others. Those that
+cannot be imported are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest
+from torch import Tensor
+
+from bench.protocols import TargetModel
+from bench.registry import MODELS
+from benchmarks.contestants import Case, digits
+
+INF = float("inf")
+EPS, ALPHA, L2, L2_ALPHA = "4/255", "1/255", 0.5, 0.125
+E, A = 4 / 255, 1 / 255
+# Query attacks get more: at the eps of the others they find nothing in so few queries.
+WIDE = "12/255"
+# Images per call of the network, for all, where there are so many.
+BATCH = 50
+
+
+def cases(steps: int = 5) -> list[Case]:
+    """What is compared; `steps` is the number of gradient steps of attacks with an eps."""
+    return [
+        *_single_step(), *_projected(steps), *_transferable(steps), *_auto(steps), *_scores(), *_nearest()
+    ]  # fmt: skip
+
+
+def _single_step() -> list[Case]:
+    return [
+        Case(
+            "fgsm",
+            ("fgsm", {"eps": EPS}),
+            {
+                "foolbox": ("LinfFastGradientAttack", {}),
+                "torchattacks": ("FGSM", {"eps": E}),
+                "art": ("FastGradientMethod", {"eps": E}),
+            },
+            E,
+            INF,
+        ),
+        Case(
+            "fgsm, l2",
+            ("fgsm", {"norm": "l2", "eps": L2}),
+            {"foolbox": ("L2FastGradientAttack", {}), "art": ("FastGradientMethod", {"eps": L2, "norm": 2})},
+            L2,
+        ),
+        Case(
+            "r_fgsm",
+            ("r_fgsm", {"eps": EPS}),
+            {"torchattacks": ("RFGSM", {"eps": E, "alpha": E / 2, "steps": 1})},
+            E,
+            INF,
+        ),
+    ]
+
+
+def _projected(steps: int) -> list[Case]:
+    foolbox = {"abs_stepsize": A, "steps": steps}
+    others = {"eps": E, "alpha": A, "steps": steps}
+    art = {"eps": E, "eps_step": A, "max_iter": steps}
+    adv_lib = {"ε": E, "absolute_step_size": A, "steps": steps}
+    ours = {"eps": EPS, "alpha": ALPHA, "steps": steps}
+    pgd: dict[str, tuple[str, dict[str, Any]]] = {
+        "foolbox": ("LinfProjectedGradientDescentAttack", foolbox),
+        "torchattacks": ("PGD", others),
+        "art": ("ProjectedGradientDescent", {**art, "num_random_init": 1}),
+        "adv_lib": ("pgd_linf", adv_lib),
+    }
+    return [
+        Case(
+            f"bim, {steps} steps",
+            ("bim", ours),
+            {
+                "foolbox": ("LinfBasicIterativeAttack", {**foolbox, "random_start": False}),
+                "torchattacks": ("BIM", others),
+                "art": ("BasicIterativeMethod", art),
+            },
+            E,
+            INF,
+        ),
+        Case(f"pgd, {steps} steps", ("pgd", ours), pgd, E, INF),
+        Case(
+            f"pgd to the next class, {steps} steps",
+            ("pgd", {**ours, "target": "next"}),
+            pgd,
+            E,
+            INF,
+            None,
+            True,
+        ),
+        Case(
+            f"pgd, l2, {steps} steps",
+            ("pgd", {"norm": "l2", "eps": L2, "alpha": L2_ALPHA, "steps": steps}),
+            {
+                "foolbox": (
+                    "L2ProjectedGradientDescentAttack",
+                    {"abs_stepsize": L2_ALPHA, "steps": steps, "random_start": True},
+                ),
+                "torchattacks": ("PGDL2", {"eps": L2, "alpha": L2_ALPHA, "steps": steps}),
+                "art": (
+                    "ProjectedGradientDescent",
+                    {"norm": 2, "eps": L2, "eps_step": L2_ALPHA, "max_iter": steps, "num_random_init": 1},
+                ),
+            },
+            L2,
+        ),
+        Case(
+            f"pgd on the margin, {steps} steps",
+            ("cw_pgd", {**ours, "start": "uniform"}),
+            {"adv_lib": ("pgd_linf", {**adv_lib, "loss_function": "dl"})},
+            E,
+            INF,
+        ),
+        Case(
+            f"pgd on dlr, {steps} steps",
+            ("pgd", {**ours, "loss": "dlr"}),
+            {"adv_lib": ("pgd_linf", {**adv_lib, "loss_function": "dlr"})},
+            E,
+            INF,
+        ),
+        Case(f"pgd_kl, {steps} steps", ("pgd_kl", ours), {"torchattacks": ("TPGD", others)}, E, INF),
+        Case(
+            "eot_pgd, 3 steps of 2 draws",
+            ("eot_pgd", {**ours, "steps": 3, "draws": 2}),
+            {"torchattacks": ("EOTPGD", {**others, "steps": 3, "eot_iter": 2})},
+            E,
+            INF,
+        ),
+    ]
+
+
+def _transferable(steps: int) -> list[Case]:
+    ours, theirs = {"eps": EPS, "alpha": ALPHA, "steps": steps}, {"eps": E, "alpha": A, "steps": steps}
+    return [
+        Case(
+            f"mi_fgsm, {steps} steps",
+            ("mi_fgsm", ours),
+            {
+                "foolbox": (
+                    "LinfMomentumIterativeFastGradientMethod",
+                    {"abs_stepsize": A, "steps": steps, "random_start": False},
+                ),
+                "torchattacks": ("MIFGSM", {**theirs, "decay": 1.0}),
+                "art": ("MomentumIterativeMethod", {"eps": E, "eps_step": A, "max_iter": steps}),
+            },
+            E,
+            INF,
+        ),
+        Case(
+            f"di_fgsm, {steps} steps",
+            ("di_fgsm", ours),
+            {"torchattacks": ("DIFGSM", theirs)},
+            E,
+            INF,
+        ),
+        Case(
+            f"dim, {steps} steps",
+            ("dim", ours),
+            {"torchattacks": ("DIFGSM", {**theirs, "decay": 1.0, "diversity_prob": 0.7})},
+            E,
+            INF,
+        ),
+        Case(
+            f"ti_fgsm, {steps} steps",
+            ("ti_fgsm", ours),
+            {"torchattacks": ("TIFGSM", {**theirs, "diversity_prob": 0.0})},
+            E,
+            INF,
+        ),
+        Case(
+            f"mi_fgsm_ti, {steps} steps",
+            ("mi_fgsm_ti", ours),
+            {"torchattacks": ("TIFGSM", {**theirs, "decay": 1.0, "diversity_prob": 0.0})},
+            E,
+            INF,
+        ),
+        Case(
+            f"dim_ti, {steps} steps",
+            ("dim_ti", ours),
+            {"torchattacks": ("TIFGSM", {**theirs, "decay": 1.0, "diversity_prob": 0.7})},
+            E,
+            INF,
+        ),
+    ]
+
+
+def _auto(steps: int) -> list[Case]:
+    return [
+        Case(
+            f"apgd on ce, {steps} steps",
+            ("apgd", {"eps": EPS, "steps": steps}),
+            {
+                "pyautoattack": ("APGDAttack", {"n_iter": steps}),
+                "torchattacks": ("APGD", {"eps": E, "steps": steps}),
+                "art": (
+                    "AutoProjectedGradientDescent",
+                    {"eps": E, "eps_step": 2 * E, "max_iter": steps, "nb_random_init": 1},
+                ),
+                "adv_lib": ("apgd", {"eps": E, "norm": INF, "n_iter": steps, "loss_function": "ce"}),
+            },
+            E,
+            INF,
+        ),
+        Case(
+            f"apgd on dlr, {steps} steps",
+            ("apgd", {"loss": "dlr", "eps": EPS, "steps": steps}),
+            {
+                "pyautoattack": ("APGDAttack", {"n_iter": steps, "loss": "dlr"}),
+                "torchattacks": ("APGD", {"eps": E, "steps": steps, "loss": "dlr"}),
+                "adv_lib": ("apgd", {"eps": E, "norm": INF, "n_iter": steps}),
+            },
+            E,
+            INF,
+        ),
+        Case(
+            f"apgd on ce, l2, {steps} steps",
+            ("apgd", {"norm": "l2", "eps": L2, "steps": steps}),
+            {
+                "pyautoattack": ("APGDAttack", {"n_iter": steps, "norm": "L2"}),
+                "torchattacks": ("APGD", {"eps": L2, "steps": steps, "norm": "L2"}),
+                "adv_lib": ("apgd", {"eps": L2, "norm": 2, "n_iter": steps, "loss_function": "ce"}),
+            },
+            L2,
+        ),
+        Case(
+            "apgd towards 9 classes, 2 steps",
+            ("apgd", {"loss": "dlr_targeted", "eps": EPS, "steps": 2}),
+            {
+                "pyautoattack": ("APGDAttack_targeted", {"n_iter": 2}),
+                "torchattacks": ("APGDT", {"eps": E, "steps": 2}),
+                "adv_lib": ("apgd_targeted", {"eps": E, "norm": INF, "n_iter": 2, "num_targets": 9}),
+            },
+            E,
+            INF,
+        ),
+    ]
+
+
+def _scores() -> list[Case]:
+    wide = 12 / 255
+    return [
+        Case(
+            "square, 60 queries",
+            ("square", {"eps": WIDE, "queries": 60}),
+            {
+                "pyautoattack": ("SquareAttack", {"n_queries": 60}),
+                "torchattacks": ("Square", {"eps": wide, "n_queries": 60}),
+                "art": ("SquareAttack", {"eps": wide, "max_iter": 60}),
+            },
+            wide,
+            INF,
+        ),
+        Case(
+            "spsa, 5 steps of 8 samples",
+            ("spsa", {"eps": WIDE, "steps": 5, "samples": 8}),
+            {"torchattacks": ("SPSA", {"eps": wide, "nb_iter": 5, "nb_sample": 8, "max_batch_size": 8})},
+            wide,
+            INF,
+        ),
+    ]
+
+
+def _nearest() -> list[Case]:
+    cw = {"steps": 15, "binary_search_steps": 2, "initial_c": 1.0, "lr": 0.02, "abort_early": False}
+    return [
+        Case(
+            "ddn, 20 steps",
+            ("ddn", {"steps": 20, "levels": None}),
+            {
+                "foolbox": ("DDNAttack", {"steps": 20}),
+                "adv_lib": ("ddn", {"steps": 20, "levels": None}),
+            },
+        ),
+        Case(
+            "ddn in 256 levels, 20 steps",
+            ("ddn", {"steps": 20}),
+            {"adv_lib": ("ddn", {"steps": 20})},
+        ),
+        Case(
+            "deepfool, 20 steps",
+            ("deepfool", {"steps": 20}),
+            {
+                "foolbox": ("L2DeepFoolAttack", {"steps": 20}),
+                "torchattacks": ("DeepFool", {"steps": 20}),
+                "art": ("DeepFool", {"max_iter": 20, "nb_grads": 10, "epsilon": 0.02}),
+                "adv_lib": ("df", {"steps": 20}),
+            },
+        ),
+        Case(
+            "deepfool_linf, 20 steps",
+            ("deepfool_linf", {"steps": 20}),
+            {
+                "foolbox": ("LinfDeepFoolAttack", {"steps": 20}),
+                "adv_lib": ("df", {"steps": 20, "norm": INF}),
+            },
+            None,
+            INF,
+        ),
+        Case(
+            "cw_l2, 2 x 15 steps",
+            ("cw_l2", cw),
+            {
+                "foolbox": (
+                    "L2CarliniWagnerAttack",
+                    {
+                        "steps": 15,
+                        "binary_search_steps": 2,
+                        "initial_const": 1.0,
+                        "stepsize": 0.02,
+                        "abort_early": False,
+                    },
+                ),
+                "adv_lib": (
+                    "carlini_wagner_l2",
+                    {
+                        "max_iterations": 15,
+                        "binary_search_steps": 2,
+                        "initial_const": 1.0,
+                        "learning_rate": 0.02,
+                        "abort_early": False,
+                    },
+                ),
+                "art": (
+                    "CarliniL2Method",
+                    {
+                        "max_iter": 15,
+                        "binary_search_steps": 2,
+                        "initial_const": 1.0,
+                        "learning_rate": 0.02,
+                        "max_halving": 1,
+                        "max_doubling": 1,
+                    },
+                ),
+            },
+        ),
+        Case(
+            "cw_l2, 15 steps at c = 1",
+            ("cw_l2", {**cw, "binary_search_steps": 1}),
+            {"torchattacks": ("CW", {"c": 1, "steps": 15, "lr": 0.02})},
+        ),
+        Case(
+            "cw_linf, 5 steps at a c",
+            ("cw_linf", {"steps": 5, "lr": 0.01, "initial_c": 1.0, "shrink": 0.7}),
+            {
+                "adv_lib": (
+                    "carlini_wagner_linf",
+                    {
+                        "max_iterations": 5,
+                        "learning_rate": 0.01,
+                        "initial_const": 1.0,
+                        "decrease_factor": 0.7,
+                    },
+                )
+            },
+            None,
+            INF,
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contestant reached.
+
+    Attributes:
+        fooled: images misclassified, or that reached their target, (B,) bool.
+        length: median length of the perturbation; infinite where fewer than half of the images are fooled.
+        longest: of all.
+        seconds: wall time.
+    """
+
+    fooled: Tensor
+    length: float
+    longest: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Our attack against that of one library; lengths are None for attacks with an eps."""
+
+    attack: str
+    library: str
+    images: int
+    ours: float
+    theirs: float
+    points: float
+    only_ours: int
+    only_theirs: int
+    length_ours: float | None
+    length_theirs: float | None
+    seconds_ours: float
+    seconds_theirs: float
+    verdict: str
+
+
+def victim(name: str) -> TargetModel:
+    """A model that takes its images in batches as large as they come: fast, where no bits have to be reproduced."""
+    target = MODELS.create(name).load(torch.device("cpu"))
+    logits = target.logits
+
+    def fitting(images: Tensor, **more: Any) -> Tensor:
+        target.micro_batch = min(BATCH, max(1, len(images)))
+        return logits(images, **more)
+
+    target.logits = fitting
+    return target
+
+
+def outcome(case: Case, by: str, target: TargetModel, images: Tensor, labels: Tensor) -> Outcome:
+    """The attack of `by` on all images at once."""
+    goals = (labels + 1) % 10 if case.targeted else labels
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what ART draws from
+        begun = time.perf_counter()
+        made = case.run(by, target)(images.clone(), goals)
+        seconds = time.perf_counter() - begun
+    with torch.no_grad():
+        reached = target.logits(made).argmax(1) == goals
+    fooled = reached if case.targeted else ~reached
+    made = made.detach()
+    lengths = (made - images).flatten(1).norm(case.norm, dim=1)
+    far = torch.where(fooled, lengths, INF)
+    return Outcome(fooled, float(far.median()), float(lengths.max()), seconds)
+
+
+def compare(case: Case, target: TargetModel, images: Tensor, labels: Tensor) -> Iterator[Row]:
+    """Ours against every library at hand, one row each."""
+    libraries = case.libraries()
+    if not libraries:
+        return
+    ours = outcome(case, "ours", target, images, labels)
+    for library in libraries:
+        theirs = outcome(case, library, target, images, labels)
+        only_ours = int((ours.fooled & ~theirs.fooled).sum())
+        only_theirs = int((theirs.fooled & ~ours.fooled).sum())
+        points = 100 * (only_ours - only_theirs) / len(images)
+        if case.eps is not None and theirs.longest > 1.001 * case.eps:
+            verdict = "theirs leaves the budget"
+        elif case.eps is None and ours.length > 1.01 * theirs.length:
+            verdict = "weaker"
+        elif points >= -1:
+            verdict = "not weaker"
+        else:
+            luck = binomtest(only_ours, only_ours + only_theirs).pvalue
+            verdict = "within chance" if luck >= 0.05 else "weaker"
+        lengths = (None, None) if case.eps is not None else (ours.length, theirs.length)
+        yield Row(
+            case.label, library, len(images), _share(ours), _share(theirs), points, only_ours, only_theirs, *lengths,
+            ours.seconds, theirs.seconds, verdict,
+        )  # fmt: skip
+
+
+def _share(reached: Outcome) -> float:
+    return int(reached.fooled.sum()) / len(reached.fooled)
+
+
+HEADER = (
+    "attack",
+    "library",
+    "ours %",
+    "theirs %",
+    "points",
+    "only ours",
+    "only theirs",
+    "length",
+    "theirs",
+    "verdict",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as `HEADER` has it."""
+    lengths = [f"{v:.4f}" if v is not None else "" for v in (row.length_ours, row.length_theirs)]
+    shares = (f"{100 * row.ours:.1f}", f"{100 * row.theirs:.1f}", f"{row.points:+.1f}")
+    only = (str(row.only_ours), str(row.only_theirs))
+    return (row.attack, row.library, *shares, *only, *lengths, row.verdict)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in markdown."""
+    lines = [HEADER, ("---", "---", *["--:"] * (len(HEADER) - 3), "---"), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """Rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--count", type=int, default=500, help="number of test digits")
+    parser.add_argument("--steps", type=int, default=5, help="gradient steps of attacks with an eps")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose label begins with one of these")
+    parser.add_argument("--csv", type=Path, help="file for the rows")
+    parser.add_argument("--markdown", type=Path, help="file for the table")
+    options = parser.parse_args(arguments)
+    if options.count < 1 or options.steps < 1:
+        parser.error("--count and --steps: expected 1 or more")
+    every = cases(options.steps)
+    chosen = [c for c in every if not options.only or c.label.startswith(tuple(options.only))]
+    if not chosen:
+        parser.error(f"--only: no such case; there are {', '.join(c.label for c in every)}")
+    torch.set_num_threads(1)
+    target = victim("mini_wrn")
+    images, labels = digits(options.count)
+    console = Console(width=130)
+    rows = []
+    for case in chosen:
+        begun = time.perf_counter()
+        rows += compare(case, target, images, labels)
+        console.print(f"{case.label}: {time.perf_counter() - begun:.1f} s", style="dim")
+        if options.csv is not None:
+            save(rows, options.csv)
+    table = Table(title=f"attack strength: mini_wrn, {options.count} test digits")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("attack", "library", "verdict") else "right")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Attacks of this project and of other libraries as functions of images and labels, on one network.
+
+Libraries outside the environment are looked for in `.libraries` too, where `tools/libraries.sh` installs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.protocols import ImageRNG, TargetModel
+from bench.registry import ATTACKS, DATASETS
+from bench.threat import ModelOracle, Victim
+
+# Appended, never put first: torchattacks brings a package `robustbench` that is not robustbench.
+sys.path.append(str(Path(__file__).resolve().parents[1] / ".libraries"))
+
+Run = Callable[[Tensor, Tensor], Tensor]
+"""Adversarial images (B, 3, H, W) for images and their labels, or for the labels to reach where an attack has some."""
+
+
+class Network(nn.Module):
+    """The target's logits as libraries want them."""
+
+    def __init__(self, target: TargetModel) -> None:
+        super().__init__()
+        self.target = target
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.target.logits(images)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attacks of equal steps: ours by name and parameters, and those of each library by class and arguments."""
+
+    label: str
+    ours: tuple[str, dict[str, Any]]
+    others: dict[str, tuple[str, dict[str, Any]]]
+    eps: float | None = None
+    norm: float = 2.0
+    images: int | None = None
+    targeted: bool = False
+
+    def run(self, by: str, target: TargetModel) -> Run:
+        """The attack of `by`, `ours` or a library, on `target`."""
+        if by == "ours":
+            return ours(target, *self.ours)
+        return LIBRARIES[by](Network(target), *self.others[by], self.eps, self.targeted)
+
+    def libraries(self) -> list[str]:
+        """Those of the libraries that can be imported."""
+        return [name for name in self.others if importlib.util.find_spec(name) is not None]
+
+
+def digits(count: int) -> tuple[Tensor, Tensor]:
+    """The first embedded test digits: images (B, 3, 32, 32) and labels (B,)."""
+    dataset = DATASETS.create("mini_digits", {"count": count})
+    samples = [dataset[i] for i in range(count)]
+    return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
+
+
+def ours(target: TargetModel, name: str, params: dict[str, Any]) -> Run:
+    """An attack of this project behind its oracle."""
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        attack = ATTACKS.create(name, params)
+        rng = ImageRNG.for_images("contest", map(str, range(len(images))))
+        oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
+        return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
+
+    return run
+
+
+def foolbox(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool) -> Run:
+    """An attack of foolbox."""
+    import foolbox as fb
+
+    model = fb.PyTorchModel(network, bounds=(0, 1), device="cpu")
+    attack = getattr(fb.attacks, name)(**arguments)
+    criterion = fb.criteria.TargetedMisclassification if goal else fb.criteria.Misclassification
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        raw, clipped, _ = attack(model, images, criterion(labels), epsilons=eps)
+        return raw if eps is None else clipped
+
+    return run
+
+
+def torchattacks(
+    network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool
+) -> Run:
+    """An attack of torchattacks."""
+    import torchattacks as ta
+
+    attack = getattr(ta, name)(network, **arguments)
+    if goal:
+        attack.set_mode_targeted_by_label(quiet=True)
+    return attack  # type: ignore[no-any-return]
+
+
+def art(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool) -> Run:
+    """An attack of the Adversarial Robustness Toolbox."""
+    from art.attacks import evasion
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        network, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0, 1), device_type="cpu"
+    )
+    cls = getattr(evasion, name)
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        common = {"batch_size": len(images), "verbose": False, **({"targeted": True} if goal else {})}
+        # FastGradientMethod has nothing to say.
+        common = {key: value for key, value in common.items() if key in cls.attack_params}
+        attack = cls(classifier, **common, **arguments)
+        return torch.from_numpy(attack.generate(images.numpy(), F.one_hot(labels, 10).numpy()))
+
+    return run
+
+
+def adv_lib(network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool) -> Run:
+    """An attack of adv-lib."""
+    from adv_lib import attacks
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        made: Tensor = getattr(attacks, name)(network, images, labels, targeted=goal, **arguments)
+        return made.detach()
+
+    return run
+
+
+def pyautoattack(
+    network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool
+) -> Run:
+    """A part of AutoAttack."""
+    from pyautoattack import autopgd_base, square
+
+    cls = getattr(square if name == "SquareAttack" else autopgd_base, name)
+    return cls(network, eps=eps, device="cpu", **arguments).perturb  # type: ignore[no-any-return]
+
+
+LIBRARIES = {
+    "foolbox": foolbox,
+    "torchattacks": torchattacks,
+    "art": art,
+    "adv_lib": adv_lib,
+    "pyautoattack": pyautoattack,
+}
