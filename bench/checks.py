@@ -409,7 +409,7 @@ def _colours(loss: Callable[[Tensor, Batch], Tensor], batch: Batch, most: int = 
 # -- one cell ---------------------------------------------------------------------------------------------------------
 def undefended(cell: Cell) -> bool:
     """The cell's defense is none."""
-    return cell.defense.identity().get("name") == "none"
+    return bool(cell.payload["defense"].get("name") == "none")
 
 
 def sees(cell: Cell) -> bool:
@@ -727,7 +727,7 @@ def _across_defenses(
     def named(role: str, image_format: str, name: str) -> list[Cell]:
         return [
             cell for (r, _, f), group in groups.items() if (r, f) == (role, image_format)
-            for cell in group.values() if cell.defense.identity().get("name") == name
+            for cell in group.values() if cell.payload["defense"].get("name") == name
         ]  # fmt: skip
 
     for (role, _, image_format), group in groups.items():

@@ -157,7 +157,7 @@ def _base(plan: Plan, cell: Cell) -> dict[str, Any]:
         "value": float("nan"), "low": float("nan"), "high": float("nan"), "value_worst": float("nan"), "n": 0,
         "attack_name": "" if cell.attack is None else cell.attack.name,
         "attack_params": "{}" if cell.attack is None else canonical(cell.attack.params),
-        "defense_params": canonical(cell.defense.identity()),
+        "defense_params": canonical(cell.payload["defense"]),
         "weights": canonical(cell.target.model.identity()),
         "forwards": 0, "backwards": 0, "linf_max": float("nan"), "seconds": 0.0, "cost": float("nan"),
     }  # fmt: skip

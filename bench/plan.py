@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.chain import Chain
-from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, PluginError, unknown
+from bench.errors import (
+    BenchError,
+    GridError,
+    MissingCheckpoint,
+    NotApplicable,
+    PluginError,
+    WeightsError,
+    unknown,
+)
 from bench.grid import Block, DefenseSpec, Grid, PluginSpec, ThreatSpec, load_grid, load_profile, split_spec
 from bench.keys import content_key
 from bench.protocols import Attack, Dataset, Defense, ModelSource, Site, Task
@@ -274,6 +282,8 @@ class _Planner:
                 placed = defense.placed(site)
             except MissingCheckpoint as error:
                 self._missing.setdefault(str(error), error)
+            except PluginError as error:
+                raise PluginError(f"{self.source}, role {role}: {error}") from error
             # With the original, which must live as long as its id is a key.
             self._placed[key] = (defense, placed)
         return self._placed[key][1]
@@ -385,7 +395,7 @@ class _Planner:
                 "data": target.data_identity(),
                 "input": target.model.input_spec(),
                 "target": target.model.identity(),
-                "defense": defense.identity(),
+                "defense": defense.identity() if skip is None else _told(defense),
                 "craft": None if craft is None else craft.payload,
                 "image_format": image_format,
                 "repeats": repeats,
@@ -477,6 +487,14 @@ class _Planner:
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def _told(defense: Defense) -> dict[str, Any]:
+    """The identity of a defense that may never have been trained."""
+    try:
+        return defense.identity()
+    except WeightsError:
+        return {"name": defense.name, "params": dict(defense.params)}
 
 
 def _mixed(defense: Defense | None) -> bool:

@@ -87,3 +87,16 @@ def test_nothing_is_above_what_it_contains(ran: Ran) -> None:
 def test_before_anything_has_run_it_is_pending(ran: Ran) -> None:
     frame = cell_frame(make_plan(ran[1]), None)
     assert set(frame[frame["level"] == ADAPTIVE]["status"]) == {"pending"}
+
+
+def test_a_defense_that_cannot_be_trained_for_a_role_is_a_skip(tmp_path: Path) -> None:
+    block = {"roles": ["ssd"], "defenses": ["none", "cafd"], "attacks": ["cls"], "threats": ["oblivious"]}
+    attacks = {"cls": {"name": "bim", "loss": "cls", "steps": 1}}
+    grid = tmp_path / "detectors.yaml"
+    grid.write_text(yaml.safe_dump({"name": "d", "profile": "mini", "attacks": attacks, "blocks": [block]}))
+    frame = cell_frame(make_plan(Options(grid)), None)
+    lines = frame[(frame["defense"] == "cafd") & (frame["attack"] == "cls")]
+    assert set(lines["status"]) == {"skip"}
+    assert set(lines["reason"]) == {
+        "recipe 'cafd' trains for classification, segmentation, not for detection"
+    }
