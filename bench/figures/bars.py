@@ -9,9 +9,9 @@ import pandas as pd
 
 from bench.errors import GridError
 from bench.figures.base import COLUMNS, FigureKind, Source, Where, labels, legend, panels, select
-from bench.figures.curve import DIMENSIONS, Dimension
+from bench.figures.curve import Dimension, refuse_twins
 from bench.figures.quantities import Distance, Quantities, scale
-from bench.plan import Cell, Plan
+from bench.plan import Plan
 from bench.plotting import COLORS, HATCHES, INK
 from bench.registry import FIGURES
 
@@ -49,15 +49,8 @@ class Bars(FigureKind):
         """See `FigureKind.check`; also refuses two cells for one bar."""
         cells = select(plan, self.where)
         self.quantities.check(cells)
-        taken: dict[tuple[str, str], Cell] = {}
-        for cell in cells:
-            other = taken.setdefault((COLUMNS[self.groups](cell), COLUMNS[self.bars](cell)), cell)
-            if other is not cell:
-                free = [d for d in DIMENSIONS if COLUMNS[d](cell) != COLUMNS[d](other)]
-                raise GridError(
-                    f"cells '{other.label}' and '{cell.label}' are one bar: choose with `where` among "
-                    f"{', '.join(free)}, or name it in `groups` or `bars`"
-                )
+        places = [(COLUMNS[self.groups](cell), COLUMNS[self.bars](cell)) for cell in cells]
+        refuse_twins(cells, places, "bar", "`groups` or `bars`")
 
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns role, defense, attack, level_label, quantity, value, low, high, n."""

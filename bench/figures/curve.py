@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,18 +59,12 @@ class Curve(FigureKind):
         """See `FigureKind.check`; also refuses points that would lie on top of each other."""
         cells = attacked(plan, self.where)
         self.quantities.check(cells)
-        taken: dict[tuple[Any, ...], Cell] = {}
         families = _families(cells, self.x)
+        places = []
         for cell in cells:
             at = {**labels(cell), "attack": families[cell.attack_label]}
-            point = (at[self.curves], at.get(str(self.panels)), position(cell, self.x))
-            other = taken.setdefault(point, cell)
-            if other is not cell:
-                free = [d for d in DIMENSIONS if COLUMNS[d](cell) != COLUMNS[d](other)]
-                raise GridError(
-                    f"cells '{other.label}' and '{cell.label}' are one point: choose with `where` among "
-                    f"{', '.join(free)}, or name it in `curves` or `panels`"
-                )
+            places.append((at[self.curves], at.get(str(self.panels)), position(cell, self.x)))
+        refuse_twins(cells, places, "point", "`curves` or `panels`")
 
     def compute(self, source: Source) -> pd.DataFrame:
         """Columns role, defense, attack, level_label, x (its name and value), quantity, value, low, high, n."""
@@ -117,6 +111,28 @@ class Curve(FigureKind):
                     axes.set_title(str(value), fontsize=10)
         legend(figure, grid[0][0])
         return figure
+
+
+def refuse_twins(cells: Sequence[Cell], places: Sequence[Hashable], what: str, options: str) -> None:
+    """Each cell must have a place of its own in the figure.
+
+    Args:
+        cells, places: the cells, and where each is drawn.
+        what: a place, in a word.
+        options: the parameters that tell cells apart.
+
+    Raises:
+        GridError: two cells share a place; says what they differ in.
+    """
+    taken: dict[Hashable, Cell] = {}
+    for cell, place in zip(cells, places, strict=True):
+        other = taken.setdefault(place, cell)
+        if other is not cell:
+            free = [d for d in DIMENSIONS if COLUMNS[d](cell) != COLUMNS[d](other)]
+            raise GridError(
+                f"cells '{other.label}' and '{cell.label}' are one {what}: choose with `where` among "
+                f"{', '.join(free)}, or name it in {options}"
+            )
 
 
 def position(cell: Cell, parameter: str) -> float:
