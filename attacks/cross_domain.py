@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from attacks.projections import make_projection
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
-from bench.weights import apply_state, load_state, sha256_file
+from bench.weights import apply_state, find_weights, load_state, sha256_file
 from tasks.microbatch import default_size, micro_batches
 
+SHIPPED = Path(__file__).parent / "weights"
 SOURCE = "the published generators are listed at github.com/Muzammal-Naseer/Cross-domain-perturbations"
 
 
@@ -99,10 +100,11 @@ class CDA(Attack):
     levels. `python -m attacks._train_cda` trains a generator; the published ones are named by path.
 
     Args:
-        weights: the generator's checkpoint, safetensors or what torch.save wrote.
+        weights: the generator's checkpoint, safetensors or what torch.save wrote; a bare name is also looked for among
+            the shipped ones (`attacks/weights`).
         eps: radius in [0,1] pixel units.
-        blocks: residual blocks of the checkpoint: 6 for the published ones, 2 for small images.
-        width: channels of its first convolution.
+        blocks: residual blocks; None = as the checkpoint says, or 6 as the published ones have.
+        width: channels of the first convolution; None = as the checkpoint says, or 64.
         smooth: smooth G(x) by a 3x3 Gaussian before the projection (the published option `gk`).
     """
 
@@ -112,14 +114,16 @@ class CDA(Attack):
         self,
         weights: str,
         eps: Pixels = Fraction(10, 255),
-        blocks: Annotated[int, Field(ge=1)] = 6,
-        width: Annotated[int, Field(ge=1)] = 64,
+        blocks: Annotated[int, Field(ge=1)] | None = None,
+        width: Annotated[int, Field(ge=1)] | None = None,
         smooth: bool = False,
     ) -> None:
-        self.path = Path(weights).expanduser()
+        self.path = find_weights(weights, SHIPPED)
         self.eps, self._eps = eps, float(eps)
-        self.blocks, self.width, self.smooth = blocks, width, smooth
-        self._digest = load_state(self.path, hint=SOURCE).sha256
+        meta = load_state(self.path, hint=SOURCE).meta
+        self.blocks: int = blocks or meta.get("blocks", 6)
+        self.width: int = width or meta.get("width", 64)
+        self.smooth = smooth
         self._generators: dict[torch.device, Generator] = {}
 
     def identity(self) -> dict[str, Any]:

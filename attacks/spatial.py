@@ -67,6 +67,12 @@ class StAdv(Attack):
     def passes(self) -> int:
         return self.searches * (self.steps + 1)
 
+    def excess(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+        """How far a channel leaves the range of the clean one, (B,): pixels are only moved and mixed."""
+        above = (adversarial.amax((2, 3)) - clean.amax((2, 3))).amax(1)
+        below = (clean.amin((2, 3)) - adversarial.amin((2, 3))).amax(1)
+        return torch.maximum(above, below)
+
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Moved images (B, 3, H, W) in [0,1]; the clean image where none fools the victim."""
         clean = images.detach()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bench.plan import Cell
 
 TOLERANCE = 1e-6
+_SLACK = 1e-3
+"""What sums over an image may round: the share by which `Attack.excess` may be above 0."""
 Scores = Mapping[str, float]
 """Image id -> score in [0,1], larger = less harmed."""
 
@@ -210,6 +212,7 @@ def check_adversarials(attack: Attack, clean: Tensor, adversarial: Tensor, ids: 
             f"expected {tuple(clean.shape)} {clean.dtype}"
         )
     linf, l2 = norms(clean, adversarial)
+    excess = attack.excess(clean, adversarial)
     for i, image_id in enumerate(ids):
         image = adversarial[i]
         if not torch.isfinite(image).all():
@@ -225,6 +228,8 @@ def check_adversarials(attack: Attack, clean: Tensor, adversarial: Tensor, ids: 
                     f"{name}, image {image_id}: moved by {moved:.6f} ({attack.norm}), eps is "
                     f"{float(attack.eps):.6f} ({attack.eps})"
                 )
+        if excess is not None and float(excess[i]) > _SLACK:
+            raise CheckError(f"{name}, image {image_id}: beyond its own budget by {float(excess[i]):.2%}")
         if float(image.max()) == float(image.min()) and float(clean[i].max()) != float(clean[i].min()):
             raise CheckError(f"{name}, image {image_id}: returned a constant image")
 

@@ -531,6 +531,13 @@ class Attack(ABC):
         """Forward-backward passes per image of one run (without EOT), for the time estimate."""
         return 1
 
+    def excess(self, clean: Tensor, adversarial: Tensor) -> Tensor | None:
+        """How far a bound that the attack promises is exceeded, in shares of it, (B,); None = it has none but `eps`.
+
+        For budgets that are no norm. Cheap necessary conditions suffice: 0 means that nothing was found.
+        """
+        return None
+
     def loss_kinds(self) -> Iterable[str]:
         """Loss kinds it asks for, checked against the target before anything runs."""
         return ()

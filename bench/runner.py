@@ -397,12 +397,15 @@ def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | N
         for_each_batch(cell.target, model, missing, batch_size, device, evaluate)
 
 
+def in_format(images: Tensor, image_format: str) -> Tensor:
+    """Images (B, 3, H, W) as the format keeps them: `float` as they are, `uint8` rounded to what a PNG file holds."""
+    return (images * 255).round() / 255 if image_format == "uint8" else images
+
+
 def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -> list[dict[str, Any]]:
     """One row per image: `score` (mean over repeats), `scores` and `stats` (JSON lists, one entry a repeat)."""
     task = task_instance(cell.target.task)
-    images = batch.images
-    if cell.image_format == "uint8":
-        images = (images * 255).round() / 255
+    images = in_format(batch.images, cell.image_format)
     defense.check_input((int(images.shape[-2]), int(images.shape[-1])))
     rng = ImageRNG.for_images(cell.key, batch.ids)
     stats: list[list[dict[str, Any]]] = [[] for _ in batch.ids]

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.errors import StoreError
 from bench.plan import Cell
 from bench.protocols import Batch, Defense, ImageRNG, TargetModel, Warped
-from bench.runner import craft_record, for_each_batch, load_model
+from bench.runner import craft_record, for_each_batch, in_format, load_model
 from bench.store import Store
 
 __all__ = ["View", "for_each_view"]
@@ -73,8 +73,7 @@ def for_each_view(
 
     def feed(batch: Batch) -> None:
         attacked = batch.images if record is None else record.read_images(batch.ids)[0].to(device)
-        if cell.image_format == "uint8":
-            attacked = (attacked * 255).round() / 255
+        attacked = in_format(attacked, cell.image_format)
         with torch.no_grad():
             consume(View(cell, model, defense, batch, attacked, ImageRNG.for_images(cell.key, batch.ids)))
 

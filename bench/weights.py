@@ -130,6 +130,16 @@ def load_state(path: str | Path, allow: Iterable[Allowed] = (), *, hint: str = "
     return Weights(state, meta, digest)
 
 
+def find_weights(weights: str | Path, shipped: Path) -> Path:
+    """The file meant by `weights`: the path itself, or the file in `shipped` of this name, suffix or not."""
+    path = Path(weights).expanduser()
+    if not path.exists() and path.name == str(path):
+        for file in (shipped / path.name, shipped / f"{path.name}.safetensors"):
+            if file.is_file():
+                return file
+    return path
+
+
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What a safetensors file says about itself, without its weights; {} when it says nothing.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from attacks._train_cda import main, relativistic_loss, train
 from attacks.cross_domain import Generator, smoothed
 from bench.errors import WeightsError
-from bench.registry import ATTACKS
+from bench.registry import ATTACKS, DATASETS, MODELS
 from bench.weights import load_state, save_safetensors
 
 SMALL = {"blocks": 2, "width": 4}
@@ -102,10 +102,26 @@ def test_training_by_command(lab, tmp_path, caplog):
     data = "{name: mini_digits, split: train, count: 4}"
     assert main(["--dataset", data, "--model", "mini_vgg", "--out", str(out), *size]) == 0
     images, _ = lab.batch(2)
-    attack = ATTACKS.create("cda", {"weights": str(out), **SMALL})
+    attack = ATTACKS.create("cda", {"weights": str(out)})  # the file knows its size
     assert attack.run(None, images, [0, 0], lab.rng(2)).shape == images.shape
     assert main(["--dataset", data, "--model", "mini_vg", "--out", str(out), *size]) == 2
     assert "did you mean 'mini_vgg'" in caplog.text
+
+
+def test_the_shipped_generator_does_more_harm_than_noise(lab):
+    model = MODELS.create("mini_resnet", {}).load(torch.device("cpu"))
+    data = DATASETS.create("mini_digits", {"count": 100})
+    samples = [model.prepare(data[i]) for i in range(len(data))]
+    images, labels = torch.stack([s.image for s in samples]), torch.tensor([int(s.target) for s in samples])
+
+    def wrong(name, **params):
+        out = ATTACKS.create(name, params).run(None, images, labels, lab.rng(100))
+        with torch.no_grad():
+            return int((model.logits(out).argmax(1) != labels).sum())
+
+    assert wrong("cda", weights="cda-mini-resnet", eps="16/255") > 10 + wrong(
+        "gaussian_noise", sigma="16/255"
+    )
 
 
 def test_bad_weights(lab, weights, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.grid import GRIDS, load_grid
 from bench.registry import ATTACKS
 
 AUTO = {"steps": 3, "queries": 4, "eps": "1/5", "norm": "l2"}
@@ -84,3 +85,15 @@ def test_budget_and_range(lab, name, norm, levels, count, size, seed):
     delta = (out - images).flatten(1).double()
     length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
     assert length.max() <= levels / 255 * (1 + 1e-6) + 1e-6
+
+
+def test_one_grid_runs_all_of_them():
+    """All but the open loop, libraries' attacks, and the detectors' losses, which go by `bim` there."""
+    grid = load_grid(GRIDS / "attacks.yaml")
+    named = {
+        ATTACKS.resolve(spec if isinstance(spec, str) else str(spec["name"]))
+        for spec in grid.attacks.values()
+    }
+    assert {attack for block in grid.blocks for attack in block.attacks} == set(grid.attacks)
+    rest = {name for name in ATTACKS.names() if ATTACKS.resolve(name) not in named}
+    assert rest == {"iterative", "library", "none", "det_pgd"}

@@ -98,6 +98,39 @@ def test_it_moves_mass_and_fools(lab):
     gain = target.loss(small, labels, "ce") - target.loss(x, labels, "ce")
     assert (gain >= 0).all() and gain.sum() > 0
     assert attack.norm is None and attack.eps is None
+    assert (attack.excess(x, out) < 1e-3).all()
+    assert (ATTACKS.create("fwa", {"radius": 0.01}).excess(x, out) > 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    radius=st.sampled_from([0.01, 0.5]),
+    seed=st.integers(0, 99),
+)
+def test_what_is_refused_has_no_plan(size, radius, seed):
+    """The bounds never exceed the cheapest plan, which a simplex solver finds; on a line they are it."""
+    x = images(1, size, seed, channels=1).double()
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(seed))
+    moved = x.flatten()[order].view(x.shape)
+    cells = [(i, j) for i in range(size[0]) for j in range(size[1])]
+    cost = np.array([[np.hypot(*np.subtract(a, b)) for b in cells] for a in cells])
+    count = len(cells)
+    rows = np.concatenate([np.kron(np.eye(count), np.ones(count)), np.kron(np.ones(count), np.eye(count))])
+    sums = np.concatenate([x.flatten().numpy(), moved.flatten().numpy()])
+    least = linprog(cost.flatten(), A_eq=rows, b_eq=sums, method="highs").fun
+    mass = max(float(x.sum()), 1e-12)
+    exact = least / (radius * mass) - 1
+    bound = float(ATTACKS.create("fwa", {"radius": radius}).excess(x, moved))
+    # Without a plan that costs more than nothing, what is left is the mass lost: none.
+    assert bound <= max(exact, 0) + 1e-6
+    if 1 in size and exact > 0:
+        assert bound == pytest.approx(exact, rel=1e-6, abs=1e-6)
+
+
+def test_mass_that_appears_is_refused(lab):
+    x, _ = lab.batch(2)
+    assert (ATTACKS.create("fwa").excess(x, (x * 1.01).clamp(0, 1)) > 0.1).all()
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.io import decode_image
+from torchvision.utils import save_image
 
 from bench.audit import unit_test, vary
 from bench.checks import (
     FLAGS,
     Finding,
+    check_adversarials,
     check_defense,
     check_frozen,
     craft_findings,
@@ -24,6 +28,7 @@ from bench.checks import (
 from bench.errors import CheckError
 from bench.protocols import Attack, Batch, Defense, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS
+from bench.runner import in_format
 from bench.stats import paired_scores
 from bench.threat import Trace
 
@@ -261,3 +266,29 @@ def test_vary_changes_what_an_attack_has() -> None:
     more = vary(attack, steps=10)
     assert more is not None and more.params == {**attack.params, "steps": 10} and more.eps == Fraction(4, 255)
     assert vary(attack, restarts=5) is None and vary(attack, steps=0) is None
+
+
+def test_a_budget_that_is_no_norm_stops_the_cell() -> None:
+    class Hungry(Attack):
+        name, norm = "hungry", None
+
+        def run(self, oracle: Any, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+            return images
+
+        def excess(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+            return (adversarial - clean).flatten(1).mean(1) - 0.1
+
+    clean = torch.linspace(0, 0.5, 24).view(2, 3, 2, 2)
+    check_adversarials(Hungry(), clean, clean + 0.1, ["a", "b"])
+    with pytest.raises(CheckError, match=r"attack 'hungry', image b: beyond its own budget by 5\.00%"):
+        check_adversarials(Hungry(), clean, clean + torch.tensor([0.1, 0.15]).view(2, 1, 1, 1), ["a", "b"])
+
+
+def test_the_8_bit_format_is_what_a_png_file_gives_back(tmp_path: Path) -> None:
+    images = torch.rand(3, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert in_format(images, "float") is images
+    for i, image in enumerate(images):
+        save_image(image, tmp_path / f"{i}.png")
+    read = torch.stack([decode_image(str(tmp_path / f"{i}.png")) for i in range(3)]).float() / 255
+    assert torch.equal(in_format(images, "uint8"), read)
+    assert torch.equal(in_format(read, "uint8"), read)
