@@ -1,15 +1,16 @@
 """Success of our attacks beside those of other libraries at equal eps, step size and steps.
 
     OMP_NUM_THREADS=1 python -m benchmarks.attack_strength [--count 500] [--steps 5] [--only pgd ...]
-        [--csv FILE] [--markdown FILE]
+        [--starts 3] [--csv FILE] [--markdown FILE]
 
 The victim is the mini WideResNet on the embedded test digits. eps is small enough that attacks fail on some images:
 where all succeed, nothing is compared. An attack with an eps is judged by the share of images it gets misclassified
 (that reach their target, where it has one); one that looks for the nearest adversarial image also by the median length
 of its perturbation, an image that is not fooled counting as infinitely far. Ours is `not weaker` if it fools at least
-as many less one point and its median length is at most 1.01 times theirs. Attacks with a random start fool a few other
-images from another start: where ours fools fewer by more than a point, it is `within chance` if an exact sign test on
-the images that only one of the two fools does not reject, at 5 %, that they are equally strong. A library whose images
+as many less one point and its median length is at most 1.01 times theirs. Attacks that draw
+random numbers run from several starts, and an image counts with the share of them that fool it: where ours then fools
+fewer by more than a point, it is `within chance` if an exact sign test on the images that one of the two fools more
+often does not reject, at 5 %, that they are equally strong. A library whose images
 leave the budget is not compared.
 
 foolbox and pyautoattack are dependencies of the project; `bash tools/libraries.sh` installs the others. Those that
@@ -34,7 +35,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from bench.protocols import TargetModel
-from bench.registry import MODELS
+from bench.registry import ATTACKS, MODELS
 from benchmarks.contestants import Case, digits
 
 INF = float("inf")
@@ -388,10 +389,10 @@ def _nearest() -> list[Case]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contestant reached.
+    """What one contestant reached, over all its starts.
 
     Attributes:
-        fooled: images misclassified, or that reached their target, (B,) bool.
+        fooled: share of the starts after which an image is misclassified, or has reached its target, (B,).
         length: median length of the perturbation; infinite where fewer than half of the images are fooled.
         longest: of all.
         seconds: wall time.
@@ -405,11 +406,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """Our attack against that of one library; lengths are None for attacks with an eps."""
+    """Our attack against that of one library.
+
+    `only_ours` and `only_theirs` count the images that one of the two fools more often; lengths are None for attacks
+    with an eps.
+    """
 
     attack: str
     library: str
     images: int
+    starts: int
     ours: float
     theirs: float
     points: float
@@ -435,35 +441,44 @@ def victim(name: str) -> TargetModel:
     return target
 
 
-def outcome(case: Case, by: str, target: TargetModel, images: Tensor, labels: Tensor) -> Outcome:
-    """The attack of `by` on all images at once."""
+def outcome(
+    case: Case, by: str, target: TargetModel, images: Tensor, labels: Tensor, starts: int = 1
+) -> Outcome:
+    """The attack of `by` on all images at once, from each start."""
     goals = (labels + 1) % 10 if case.targeted else labels
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 - what ART draws from
-        begun = time.perf_counter()
-        made = case.run(by, target)(images.clone(), goals)
-        seconds = time.perf_counter() - begun
-    with torch.no_grad():
-        reached = target.logits(made).argmax(1) == goals
-    fooled = reached if case.targeted else ~reached
-    made = made.detach()
-    lengths = (made - images).flatten(1).norm(case.norm, dim=1)
-    far = torch.where(fooled, lengths, INF)
-    return Outcome(fooled, float(far.median()), float(lengths.max()), seconds)
+    fooled, lengths, seconds = [], [], 0.0
+    for start in range(starts):
+        with torch.random.fork_rng():
+            torch.manual_seed(start)
+            np.random.seed(start)  # noqa: NPY002 - what ART draws from
+            begun = time.perf_counter()
+            made = case.run(by, target, start)(images.clone(), goals).detach()
+            seconds += time.perf_counter() - begun
+        with torch.no_grad():
+            reached = target.logits(made).argmax(1) == goals
+        fooled.append(reached if case.targeted else ~reached)
+        lengths.append((made - images).flatten(1).norm(case.norm, dim=1))
+    far = torch.where(torch.stack(fooled), torch.stack(lengths), INF)
+    longest = float(torch.stack(lengths).max())
+    return Outcome(torch.stack(fooled).double().mean(0), float(far.median()), longest, seconds)
 
 
-def compare(case: Case, target: TargetModel, images: Tensor, labels: Tensor) -> Iterator[Row]:
-    """Ours against every library at hand, one row each."""
+def compare(
+    case: Case, target: TargetModel, images: Tensor, labels: Tensor, starts: int = 1
+) -> Iterator[Row]:
+    """Ours against every library at hand, one row each; `starts` counts for attacks that draw random numbers."""
     libraries = case.libraries()
     if not libraries:
         return
-    ours = outcome(case, "ours", target, images, labels)
+    name, params = case.ours
+    if not ATTACKS.create(name, params).stochastic:
+        starts = 1
+    ours = outcome(case, "ours", target, images, labels, starts)
     for library in libraries:
-        theirs = outcome(case, library, target, images, labels)
-        only_ours = int((ours.fooled & ~theirs.fooled).sum())
-        only_theirs = int((theirs.fooled & ~ours.fooled).sum())
-        points = 100 * (only_ours - only_theirs) / len(images)
+        theirs = outcome(case, library, target, images, labels, starts)
+        only_ours = int((ours.fooled > theirs.fooled).sum())
+        only_theirs = int((theirs.fooled > ours.fooled).sum())
+        points = 100 * float((ours.fooled - theirs.fooled).mean())
         if case.eps is not None and theirs.longest > 1.001 * case.eps:
             verdict = "theirs leaves the budget"
         elif case.eps is None and ours.length > 1.01 * theirs.length:
@@ -475,18 +490,15 @@ def compare(case: Case, target: TargetModel, images: Tensor, labels: Tensor) -> 
             verdict = "within chance" if luck >= 0.05 else "weaker"
         lengths = (None, None) if case.eps is not None else (ours.length, theirs.length)
         yield Row(
-            case.label, library, len(images), _share(ours), _share(theirs), points, only_ours, only_theirs, *lengths,
-            ours.seconds, theirs.seconds, verdict,
+            case.label, library, len(images), starts, float(ours.fooled.mean()), float(theirs.fooled.mean()), points,
+            only_ours, only_theirs, *lengths, ours.seconds, theirs.seconds, verdict,
         )  # fmt: skip
-
-
-def _share(reached: Outcome) -> float:
-    return int(reached.fooled.sum()) / len(reached.fooled)
 
 
 HEADER = (
     "attack",
     "library",
+    "starts",
     "ours %",
     "theirs %",
     "points",
@@ -503,7 +515,7 @@ def cells(row: Row) -> tuple[str, ...]:
     lengths = [f"{v:.4f}" if v is not None else "" for v in (row.length_ours, row.length_theirs)]
     shares = (f"{100 * row.ours:.1f}", f"{100 * row.theirs:.1f}", f"{row.points:+.1f}")
     only = (str(row.only_ours), str(row.only_theirs))
-    return (row.attack, row.library, *shares, *only, *lengths, row.verdict)
+    return (row.attack, row.library, str(row.starts), *shares, *only, *lengths, row.verdict)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -525,12 +537,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--count", type=int, default=500, help="number of test digits")
     parser.add_argument("--steps", type=int, default=5, help="gradient steps of attacks with an eps")
+    parser.add_argument("--starts", type=int, default=3, help="starts of attacks that draw random numbers")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose label begins with one of these")
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
-    if options.count < 1 or options.steps < 1:
-        parser.error("--count and --steps: expected 1 or more")
+    if min(options.count, options.steps, options.starts) < 1:
+        parser.error("--count, --steps and --starts: expected 1 or more")
     every = cases(options.steps)
     chosen = [c for c in every if not options.only or c.label.startswith(tuple(options.only))]
     if not chosen:
@@ -542,7 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for case in chosen:
         begun = time.perf_counter()
-        rows += compare(case, target, images, labels)
+        rows += compare(case, target, images, labels, options.starts)
         console.print(f"{case.label}: {time.perf_counter() - begun:.1f} s", style="dim")
         if options.csv is not None:
             save(rows, options.csv)

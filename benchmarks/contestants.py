@@ -51,10 +51,10 @@ class Case:
     images: int | None = None
     targeted: bool = False
 
-    def run(self, by: str, target: TargetModel) -> Run:
-        """The attack of `by`, `ours` or a library, on `target`."""
+    def run(self, by: str, target: TargetModel, start: int = 0) -> Run:
+        """The attack of `by`, `ours` or a library, on `target`; `start` seeds ours, libraries draw globally."""
         if by == "ours":
-            return ours(target, *self.ours)
+            return ours(target, *self.ours, start)
         return LIBRARIES[by](Network(target), *self.others[by], self.eps, self.targeted)
 
     def libraries(self) -> list[str]:
@@ -69,12 +69,12 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
 
 
-def ours(target: TargetModel, name: str, params: dict[str, Any]) -> Run:
-    """An attack of this project behind its oracle."""
+def ours(target: TargetModel, name: str, params: dict[str, Any], start: int = 0) -> Run:
+    """An attack of this project behind its oracle; `start` seeds what it draws."""
 
     def run(images: Tensor, labels: Tensor) -> Tensor:
         attack = ATTACKS.create(name, params)
-        rng = ImageRNG.for_images("contest", map(str, range(len(images))))
+        rng = ImageRNG.for_images(f"contest {start}", map(str, range(len(images))))
         oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
         return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
 

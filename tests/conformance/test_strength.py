@@ -15,14 +15,17 @@ def mini():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["mi_fgsm, 10 steps", "bim, 10 steps"])
+@pytest.mark.parametrize(
+    "label", ["bim, 10 steps", "mi_fgsm, 10 steps", "pgd, 10 steps", "apgd on ce, 10 steps"]
+)
 def test_not_weaker(mini, label):
-    rows = list(compare(CASES[label], *mini))
+    rows = list(compare(CASES[label], *mini, starts=3))
     assert rows, "foolbox or pyautoattack is always there"
     for row in rows:
         assert row.points >= -1 or row.verdict == "within chance", row
-        # The same start would leave no room for chance: so few images may differ at all.
-        assert row.only_theirs <= 0.04 * row.images, row
+        if row.starts == 1:
+            # Nothing is drawn, which leaves no room for chance: so few images may differ at all.
+            assert row.only_theirs <= 0.04 * row.images, row
         # Where all or none are fooled, nothing is compared.
         assert 0.2 < row.theirs < 0.98, row
 
