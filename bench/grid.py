@@ -38,8 +38,9 @@ class _Strict(BaseModel):
 class ThreatSpec(_Strict):
     """How much the attacker knows.
 
-    `oblivious`: gradients of the bare target. `transfer`: gradients of other models (`sources`). `gray_box`: gradients
-    of the target behind a `surrogate` defense, or behind the deployed one trained anew with `surrogate_seed`. `bpda`:
+    `oblivious`: gradients of the bare target. `transfer`: gradients of other models (`sources`), bare or behind a
+    surrogate. `gray_box`: gradients of the target behind a `surrogate` defense, or behind the deployed one trained anew
+    with `surrogate_seed`. `bpda`:
     forward through the defense, backward through its stand-in. `white_box`: true gradient through the defense. Where a
     defense draws random numbers, gradients are averaged over `eot` draws.
     """
@@ -49,10 +50,12 @@ class ThreatSpec(_Strict):
         default_factory=list, description="transfer: roles whose models craft the images"
     )
     surrogate: DefenseSpec | None = Field(
-        default=None, description="gray_box: the defense the attacker trained"
+        default=None, description="gray_box, transfer: the defense the attacker trained"
     )
     surrogate_seed: int | None = Field(
-        default=None, ge=0, description="gray_box: or the deployed defense, trained with this other seed"
+        default=None,
+        ge=0,
+        description="gray_box, transfer: or the deployed defense, trained with this other seed",
     )
     eot: int = Field(default=10, ge=1, description="gradient draws per step for stochastic defenses")
 
@@ -62,12 +65,17 @@ class ThreatSpec(_Strict):
             raise ValueError("level transfer needs `sources`, a list of roles")
         if self.level != "transfer" and self.sources:
             raise ValueError(f"`sources` belongs to level transfer, not {self.level}")
-        if self.level == "gray_box" and (self.surrogate is None) == (self.surrogate_seed is None):
-            raise ValueError("level gray_box needs a `surrogate` defense or a `surrogate_seed`")
-        for key in ("surrogate", "surrogate_seed"):
-            if self.level != "gray_box" and getattr(self, key) is not None:
-                raise ValueError(f"`{key}` belongs to level gray_box, not {self.level}")
+        given = [key for key in ("surrogate", "surrogate_seed") if getattr(self, key) is not None]
+        if (self.level == "gray_box" and not given) or len(given) == 2:
+            raise ValueError(f"level {self.level} needs a `surrogate` defense or a `surrogate_seed`")
+        if given and self.level not in ("gray_box", "transfer"):
+            raise ValueError(f"`{given[0]}` belongs to levels gray_box and transfer, not {self.level}")
         return self
+
+    @property
+    def behind_surrogate(self) -> bool:
+        """The attacker's gradients go through a defense of its own."""
+        return self.surrogate is not None or self.surrogate_seed is not None
 
 
 Threat = Annotated[

@@ -289,7 +289,7 @@ class _Planner:
         return self._placed[key][1]
 
     def _surrogate(self, target: Target, original: Defense, threat: ThreatSpec, where: str) -> Defense | None:
-        """The defense that a gray-box attacker trained; None when it is missing."""
+        """The defense that the attacker trained; None when it is missing."""
         if threat.surrogate is None:
             other = self._retrained(original, int(threat.surrogate_seed or 0))
         else:
@@ -370,7 +370,7 @@ class _Planner:
                 skip = reason.reason
             else:
                 if placed is None:
-                    if threat is not None and threat.level == "gray_box":
+                    if threat is not None and threat.behind_surrogate:
                         with contextlib.suppress(NotApplicable):
                             self._surrogate(target, original, threat, where)  # to note that it is missing too
                     return
@@ -415,13 +415,14 @@ class _Planner:
                 self.orders.setdefault(column, {}).setdefault(value)
 
     def _level_label(self, threat: ThreatSpec, where: str) -> str:
-        if threat.level == "transfer":
-            return "transfer from " + "+".join(threat.sources)
-        if threat.level == "gray_box":
-            if threat.surrogate is None:
-                return f"gray_box via seed {threat.surrogate_seed}"
-            return "gray_box via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
-        return threat.level
+        label: str = threat.level
+        if threat.sources:
+            label += " from " + "+".join(threat.sources)
+        if threat.surrogate_seed is not None:
+            label += f" via seed {threat.surrogate_seed}"
+        elif threat.surrogate is not None:
+            label += " via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
+        return label
 
     def _craft(
         self,
@@ -450,7 +451,7 @@ class _Planner:
                     )
                 if source.role == target.role:
                     raise NotApplicable(f"transfer from {source.role} to itself is not a transfer")
-        elif threat.level == "gray_box":
+        if threat.behind_surrogate:
             behind = self._surrogate(target, original, threat, where)
             if behind is None:
                 return None

@@ -3,7 +3,7 @@
 | level       | gradients come from                                       | defense in the oracle    |
 |-------------|-----------------------------------------------------------|--------------------------|
 | `oblivious` | the bare target                                           | none                     |
-| `transfer`  | other models (averaged logits when several)               | none                     |
+| `transfer`  | other models (averaged logits when several)               | none, or as `gray_box`   |
 | `gray_box`  | the target                                                | the attacker's surrogate |
 | `bpda`      | the target; backward through the defense's stand-in       | the deployed one         |
 | `white_box` | the target; true gradient through the defense             | the deployed one         |

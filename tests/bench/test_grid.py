@@ -51,6 +51,12 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
         ("eot: 4", "eott: 4", "unknown key 'eott': did you mean 'eot'?"),
         ("{level: bpda, eot: 4}", "{level: transfer}", "level transfer needs `sources`"),
         ("{level: bpda, eot: 4}", "{level: gray_box}", "level gray_box needs a `surrogate`"),
+        (
+            "{level: bpda, eot: 4}",
+            "{level: transfer, sources: [source], surrogate: jpeg, surrogate_seed: 1}",
+            "level transfer needs a `surrogate` defense or a `surrogate_seed`",
+        ),
+        ("eot: 4", "surrogate: jpeg", "`surrogate` belongs to levels gray_box and transfer, not bpda"),
         ("images: {classification: 8}", "images: {classification: 0}", "images.classification"),
         (
             "images: {classification: 8}",

@@ -455,3 +455,25 @@ def test_a_job_runs_from_a_manifest_alone(grid: Path, tmp_path: Path) -> None:
     cell = next(c for c in plan.cells if c.craft and c.craft.key == job.key)
     assert craft_record(store, plan.crafts()[job.key]).missing(cell.target.ids) == []
     assert len(cell_record(store, cell).missing(cell.target.ids)) == 12
+
+
+def test_a_surrogate_in_front_of_other_models(tmp_path: Path) -> None:
+    """The attacker has neither the target nor the defense: gradients go through both of its own."""
+    threats = [
+        {"level": "transfer", "sources": ["source"], "surrogate": "bit_depth"},
+        {"level": "gray_box", "surrogate": "random"},
+        {"level": "transfer", "sources": ["source"], "surrogate": "random"},
+    ]
+    block = {**BLOCK, "defenses": ["random"], "attacks": ["pgd"], "threats": threats}
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump({**GRID, "evaluate": {}, "blocks": [block]}))
+    cells = {cell.level_label: cell for cell in make_plan(Options(path)).cells if cell.attack is not None}
+    refused = cells["transfer from source via bit_depth"]
+    assert refused.skip is not None and "not differentiable" in refused.skip
+    target, other = cells["gray_box via random"], cells["transfer from source via random"]
+    assert target.craft is not None and other.craft is not None and other.level == "transfer"
+    assert [t.role for t in target.craft.sources] == ["classification"]
+    assert [t.role for t in other.craft.sources] == ["source"]
+    assert other.craft.defense is not None and other.craft.defense.name == "noise"
+    assert (other.craft.mode, other.craft.eot) == ("exact", 10)
+    assert target.craft.key != other.craft.key
