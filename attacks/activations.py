@@ -228,6 +228,7 @@ class FFF(Attack):
             return torch.stack([(out.abs().flatten(1).mean(1) + 1e-12).log() for out in found]).sum(0)
 
         noise = ImageRNG([self.seed]).uniform(image.shape[1:], -self._eps, self._eps, image.device)
+        noise = noise.to(image.dtype)
         delta, first, second = noise, torch.zeros_like(noise), torch.zeros_like(noise)
         for step in range(self.steps):
             grad = torch.nan_to_num(oracle.gradient((0.5 + delta).clamp(0, 1), objective).grad)

@@ -131,7 +131,7 @@ class AutoAttack(Attack):
 
         with contained(seed, images.device):
             library = Library(
-                OracleModel(oracle, images.device), norm="L2" if self.norm == "l2" else "Linf",
+                OracleModel(oracle, images), norm="L2" if self.norm == "l2" else "Linf",
                 eps=float(self.eps or 0), seed=seed, version=self.version_name, device=images.device,
             )  # fmt: skip
             self._configure(library, oracle.num_classes)

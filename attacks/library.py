@@ -294,7 +294,7 @@ class LibraryAttack(Attack):
         return torch.cat(outs) if outs else clean.clone()
 
     def _one(self, oracle: Oracle, image: Tensor, label: Tensor, seed: int) -> Tensor:
-        model = OracleModel(oracle, image.device)
+        model = OracleModel(oracle, image)
         try:
             with contained(seed, image.device):
                 made = self._attack.attack(model, image.clone(), label, oracle.num_classes, self._eps)

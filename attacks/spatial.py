@@ -93,7 +93,7 @@ class StAdv(Attack):
         return out
 
     def _adam(self, search: _Search) -> None:
-        flow = torch.zeros(len(search.clean), 2, *search.clean.shape[2:], device=search.clean.device)
+        flow = search.clean.new_zeros(len(search.clean), 2, *search.clean.shape[2:])
         first, second = torch.zeros_like(flow), torch.zeros_like(flow)
         for step in range(self.steps + 1):
             _, grad = search.look(flow)
@@ -139,7 +139,7 @@ class _Search:
         self.tau, self.oracle, self.clean = tau, oracle, clean
         self.objective = _Hinge(labels, attack.target is not None, attack.kappa)
         self.best = clean.clone()
-        self.least = torch.full((len(clean),), float("inf"), device=clean.device)
+        self.least = clean.new_full((len(clean),), float("inf"))
         self.found = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.at = torch.arange(len(clean), device=clean.device)
 

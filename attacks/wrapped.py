@@ -22,19 +22,19 @@ class OracleModel(nn.Module):
 
     Args:
         oracle: the victim, bound to the images the library attacks.
-        device: where the images are.
+        images: where they are and how precise they are, the network is too.
     """
 
-    def __init__(self, oracle: Oracle, device: torch.device) -> None:
+    def __init__(self, oracle: Oracle, images: Tensor) -> None:
         super().__init__()
         # Libraries look for the device of the first parameter.
-        self.where = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
+        self.where = nn.Parameter(images.new_zeros(1), requires_grad=False)
         self._views = {len(oracle): oracle}
         self._whole = oracle
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, differentiable to the pixels; images in double precision are rounded to single."""
+        """Logits, differentiable to the pixels; images that a library made more precise are rounded."""
         images = images.to(self.where.dtype)
         count = len(images)
         if count not in self._views:

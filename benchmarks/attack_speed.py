@@ -124,10 +124,22 @@ def cases() -> list[Case]:
             },
             images=32,
         ),
+        Case(
+            "stadv, 100 steps",
+            ("stadv", {"steps": 100}),
+            {"advertorch": ("SpatialTransformAttack", {"max_iterations": 100})},
+            images=32,
+        ),
+        Case(
+            "stadv, 40 larger steps, against 100",
+            ("stadv", {"steps": 40, "lr": 0.08}),
+            {"advertorch": ("SpatialTransformAttack", {"max_iterations": 100})},
+            images=32,
+        ),
         # Where the search for c begins near its end; as DDN's, a setting of ours against the other's usual one.
         Case(
-            "cw_l2, 6 x 75 steps from c = 1, against 9 x 100",
-            ("cw_l2", {"steps": 75, "binary_search_steps": 6, "initial_c": 1.0}),
+            "cw_l2, 6 x 60 steps from c = 1, against 9 x 100",
+            ("cw_l2", {"steps": 60, "binary_search_steps": 6, "initial_c": 1.0}),
             {"foolbox": ("L2CarliniWagnerAttack", {"steps": 100})},
             images=32,
         ),

@@ -5,6 +5,7 @@ Libraries outside the environment are looked for in `.libraries` too, where `too
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -139,6 +140,23 @@ def adv_lib(network: nn.Module, name: str, arguments: dict[str, Any], eps: float
     return run
 
 
+def advertorch(
+    network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool
+) -> Run:
+    """An attack of advertorch; what it fails on, which it returns black, comes back clean."""
+    # Its last version imports this function, which torch has since dropped, for an attack that is not used here.
+    vars(importlib.import_module("torch.autograd.gradcheck"))["zero_gradients"] = None
+    from advertorch import attacks
+
+    attack = getattr(attacks, name)(network, num_classes=10, targeted=goal, **arguments)
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        made: Tensor = attack.perturb(images, labels)
+        return torch.where((made == 0).flatten(1).all(1).view(-1, 1, 1, 1), images, made)
+
+    return run
+
+
 def pyautoattack(
     network: nn.Module, name: str, arguments: dict[str, Any], eps: float | None, goal: bool
 ) -> Run:
@@ -154,5 +172,6 @@ LIBRARIES = {
     "torchattacks": torchattacks,
     "art": art,
     "adv_lib": adv_lib,
+    "advertorch": advertorch,
     "pyautoattack": pyautoattack,
 }

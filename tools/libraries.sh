@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 
 # visdom and websocket-client: adv-lib imports them for its plots. visdom's build needs the environment's setuptools.
 uv pip install --no-deps --target .libraries --no-build-isolation-package visdom \
-    torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 \
+    torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 advertorch==0.2.3 \
     adv-lib==0.2.8 visdom==0.2.4 websocket-client==1.8.0

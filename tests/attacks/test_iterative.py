@@ -46,7 +46,7 @@ IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in
 
 
 def budget(attack: Attack, clean: Tensor, adversarial: Tensor) -> None:
-    assert adversarial.shape == clean.shape and adversarial.dtype == torch.float32
+    assert adversarial.shape == clean.shape and adversarial.dtype == clean.dtype
     assert torch.isfinite(adversarial).all()
     assert adversarial.min() >= 0 and adversarial.max() <= 1
     delta = (adversarial - clean).flatten(1).double()
@@ -200,9 +200,12 @@ def test_every_attack_keeps_its_promises(lab, name, params):
     momentum=st.sampled_from([0.0, 1.0]),
     kernel=st.sampled_from([None, 3, 15]),
     diversity=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**20),
 )
-def test_budget_and_range(lab, count, size, levels, alpha, norm, start, momentum, kernel, diversity, seed):
+def test_budget_and_range(
+    lab, count, size, levels, alpha, norm, start, momentum, kernel, diversity, dtype, seed
+):
     attack = ATTACKS.create(
         "iterative",
         {
@@ -217,7 +220,8 @@ def test_budget_and_range(lab, count, size, levels, alpha, norm, start, momentum
         },
     )
     images, labels = lab.batch(count, size, seed)
-    target = lab.Classifier(lab.convnet(), 5)
+    images = images.to(dtype)
+    target = lab.Classifier(lab.convnet().to(dtype), 5)
     budget(attack, images, lab.run(attack, target, images, labels))
 
 

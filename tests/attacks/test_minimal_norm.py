@@ -206,16 +206,22 @@ def test_random_defenses_do_not_tie_images_together(lab, name, params):
     count=st.integers(1, 4),
     size=st.tuples(st.integers(3, 12), st.integers(3, 12)),
     black=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**20),
 )
-def test_range_and_budget(lab, case, count, size, black, seed):
+def test_range_and_budget(lab, case, count, size, black, dtype, seed):
     attack = ATTACKS.create(*case)
     images, labels = lab.batch(count, size, seed)
-    if black:
-        images = (images > 0.5).float()
+    images = ((images > 0.5) if black else images).to(dtype)
     before = images.clone()
-    out = lab.run(attack, lab.Classifier(lab.convnet(), 5), images, labels)
-    assert torch.equal(images, before) and torch.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+    out = lab.run(attack, lab.Classifier(lab.convnet().to(dtype), 5), images, labels)
+    assert (
+        torch.equal(images, before)
+        and out.dtype == dtype
+        and torch.isfinite(out).all()
+        and out.min() >= 0
+        and out.max() <= 1
+    )
     if attack.eps is not None:
         delta = (out - images).flatten(1).double()
         assert (delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)).max() <= float(

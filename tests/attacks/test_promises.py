@@ -66,6 +66,23 @@ def test_promises(lab, name, params):
         assert torch.equal(torch.cat(parts), out), "the batch's composition changes the result"
 
 
+@pytest.mark.parametrize(("name", "params"), ATTACKS_AND_PARAMS, ids=IDS)
+def test_double_precision_is_kept(lab, name, params):
+    if name == "autoattack":
+        pytest.skip("pyautoattack works in single precision")
+    attack = ATTACKS.create(name, params)
+    target = lab.Classifier(lab.convnet().double(), 5, one_by_one=True)
+    images = lab.batch(2, (14, 11))[0].double() * 0.999 + 1e-10
+    out = lab.run(attack, target, images, target.predict(images))
+    assert out.dtype == torch.float64 and torch.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+    still = (out == images).flatten(1).all(1)
+    assert not torch.equal(out[~still], out[~still].float().double()), "rounded on the way"
+    if attack.eps is not None:
+        delta = (out - images).flatten(1)
+        length = delta.abs().amax(1) if attack.norm == "linf" else delta.norm(dim=1)
+        assert length.max() <= float(attack.eps) * (1 + 1e-12)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["apgd", "square", "spsa", "nes", "eot_pgd"]),
