@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.cli import main
 from bench.plan import Options, make_plan
 from bench.runner import cell_record, craft_record, pending, work
 from bench.store import Store
@@ -58,24 +57,9 @@ def grid(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def bench(
-    tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Run a command in this process: (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            main(arguments)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from bench.cli import main
 from bench.errors import BenchError, MissingCheckpoint
 from bench.frame import cell_frame
 from bench.plan import Options, make_plan
@@ -38,6 +38,8 @@ PROFILE: dict[str, Any] = {
 }
 ATTACKS = {"fgsm": {"name": "fgsm", "eps": "16/255"}}
 
+Run = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -61,31 +63,24 @@ def grid(
     return path
 
 
-def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+@pytest.fixture
+def train(bench: Run) -> Run:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        chosen = () if "--task" in arguments else ("--role", "classification")
+        return bench(
+            "train", "--profile", "profile.yaml", "--device", "cpu", "--store", "s", "--plugin", str(TOY), *chosen,
+            *arguments,
+        )  # fmt: skip
 
-
-def train(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    chosen = () if "--task" in arguments else ("--role", "classification")
-    return bench(
-        capsys, "train", "--profile", "profile.yaml", "--device", "cpu", "--store", "s", "--plugin", str(TOY), *chosen,
-        *arguments,
-    )  # fmt: skip
+    return run
 
 
 def options(path: Path) -> Options:
     return Options(path, checkpoints=(str(path.parent / "s" / "checkpoints"),))
 
 
-def test_one_command_leaves_a_checkpoint_curves_and_scalars(place: Path, capsys: Any) -> None:
-    code, out, err = train(capsys, "--defense", "apegan", "--task", "classification")
+def test_one_command_leaves_a_checkpoint_curves_and_scalars(place: Path, train: Run) -> None:
+    code, out, err = train("--defense", "apegan", "--task", "classification")
     assert code == 0, err
     assert "accuracy_attacked_defended" in out
     path = place / "s" / "checkpoints" / "apegan-toy-classification.safetensors"
@@ -105,10 +100,10 @@ def test_one_command_leaves_a_checkpoint_curves_and_scalars(place: Path, capsys:
     assert not (own / "state.safetensors").exists()
     assert any(t.dtype == torch.float16 for t in load_state(path).state.values())
 
-    code, out, _ = train(capsys, "--defense", "apegan")
+    code, out, _ = train("--defense", "apegan")
     assert code == 0 and "is there already" in out
     before = path.read_bytes()
-    code, out, _ = train(capsys, "--defense", "apegan", "--overwrite")
+    code, out, _ = train("--defense", "apegan", "--overwrite")
     facts = read_meta(path)
     assert code == 0 and {**facts, "seconds": 0} == {**meta, "seconds": 0}
     assert load_state(path).state.keys() == load_state(path).state.keys() and len(path.read_bytes()) == len(
@@ -116,30 +111,30 @@ def test_one_command_leaves_a_checkpoint_curves_and_scalars(place: Path, capsys:
     )
 
 
-def test_tensorboard_scalars_are_the_terms(place: Path, capsys: Any) -> None:
+def test_tensorboard_scalars_are_the_terms(place: Path, train: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(capsys, "--defense", "apegan")
+    train("--defense", "apegan")
     (folder,) = (place / "s" / "training").glob("*/tensorboard")
     events = EventAccumulator(str(folder)).Reload()
     assert set(events.Tags()["scalars"]) == {"loss/image", "loss/gan", "loss/critic"}
     assert [e.step for e in events.Scalars("loss/image")] == [1, 2, 3, 4]
 
 
-def test_a_grid_says_what_is_missing_and_trains_it(place: Path, capsys: Any) -> None:
+def test_a_grid_says_what_is_missing_and_trains_it(place: Path, bench: Run) -> None:
     path = grid(place, ["none", "apegan"], ["oblivious", {"level": "gray_box", "surrogate_seed": 1}])
     command = ("run", "--grid", str(path), "--store", "s", "--out", "o", "--device", "cpu", "--workers", "1")
-    code, _, err = bench(capsys, *command)
+    code, _, err = bench(*command)
     assert code == 2 and len(err.splitlines()) == 1
     assert "no checkpoint apegan-toy-classification" in err and "and 1 more" in err
     assert "python -m bench train --defense apegan --role classification --profile toy" in err
-    code, _, err = bench(capsys, *command, "--train-missing")
+    code, _, err = bench(*command, "--train-missing")
     assert code == 0, err
     lines = err.splitlines()
     assert any(line.startswith("to train: apegan-toy-classification-s1, about ") for line in lines)
     told = next(i for i, line in enumerate(lines) if line.startswith("2 trainings, about "))
     assert told < next(i for i, line in enumerate(lines) if line.startswith("wrote s/checkpoints/apegan"))
-    code, _, err = bench(capsys, *command, "--train-missing")
+    code, _, err = bench(*command, "--train-missing")
     assert code == 0 and "to train" not in err and "0 crafts and 0 cells to run" in err
 
     plan = make_plan(options(path))
@@ -155,8 +150,8 @@ def test_a_grid_says_what_is_missing_and_trains_it(place: Path, capsys: Any) -> 
     assert bare.skip is not None and "nothing to train" in bare.skip
 
 
-def test_a_checkpoint_of_another_recipe_does_not_count(place: Path, capsys: Any) -> None:
-    train(capsys, "--defense", "apegan")
+def test_a_checkpoint_of_another_recipe_does_not_count(place: Path, train: Run) -> None:
+    train("--defense", "apegan")
     path = grid(place, ["apegan"], ["oblivious"])
     make_plan(options(path))
     changed = json.loads(json.dumps(PROFILE))
@@ -166,8 +161,8 @@ def test_a_checkpoint_of_another_recipe_does_not_count(place: Path, capsys: Any)
         make_plan(Options(path, profile=str(place / "other.yaml"), checkpoints=options(path).checkpoints))
 
 
-def test_one_trained_for_another_role_says_so(place: Path, capsys: Any) -> None:
-    train(capsys, "--defense", "apegan")
+def test_one_trained_for_another_role_says_so(place: Path, train: Run) -> None:
+    train("--defense", "apegan")
     spec = {"name": "apegan", "trained_for": "classification"}
     path = grid(place, [spec, [spec, {"name": "bit_depth", "bits": 8}]], ["oblivious"], ("source",))
     plan = make_plan(options(path))
@@ -250,8 +245,8 @@ def test_mistakes_in_a_profile_are_one_line(place: Path, entry: dict[str, Any], 
     ],
 )
 def test_what_cannot_be_trained_is_one_line(
-    place: Path, capsys: Any, arguments: list[str], message: str
+    place: Path, train: Run, arguments: list[str], message: str
 ) -> None:
-    code, _, err = train(capsys, *arguments)
+    code, _, err = train(*arguments)
     assert code == 2 and len(err.splitlines()) == 1 and message in err
     assert not list(place.glob("s/checkpoints/*"))

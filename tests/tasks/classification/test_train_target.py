@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from bench.cli import main
 from bench.errors import BenchError
 from bench.frame import cell_frame
 from bench.plan import Options, make_plan
@@ -30,6 +29,7 @@ from tasks.classification._training import TargetRecipe, TargetTrainer
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "plugins" / "toy.py"
 CPU = torch.device("cpu")
+Run = Callable[..., tuple[int, str, str]]
 DIGITS = "{name: mini_digits, count: 96}"
 
 
@@ -45,31 +45,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+@pytest.fixture
+def train(bench: Run) -> Run:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        chosen = () if "--dataset" in arguments else ("--dataset", DIGITS)
+        return bench(
+            "train-target", "--arch", "mini_vgg", *chosen, "--device", "cpu", "--store", "s", "--score-images", "8",
+            *arguments,
+        )  # fmt: skip
 
-
-def train(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    chosen = () if "--dataset" in arguments else ("--dataset", DIGITS)
-    return bench(
-        capsys, "train-target", "--arch", "mini_vgg", *chosen, "--device", "cpu", "--store", "s", "--score-images", "8",
-        *arguments,
-    )  # fmt: skip
+    return run
 
 
 SMALL = ("--epochs", "2", "--batch-size", "32", "--out", "w.safetensors")
 
 
-def test_training_learns_and_its_checkpoint_runs_in_a_grid(place: Path, capsys: Any) -> None:
+def test_training_learns_and_its_checkpoint_runs_in_a_grid(place: Path, bench: Run, train: Run) -> None:
     options = ("--epochs", "16", "--batch-size", "16", "--lr", "0.05", "--padding", "0")
-    code, out, err = train(capsys, *options, "--out", "nets/w.safetensors")
+    code, out, err = train(*options, "--out", "nets/w.safetensors")
     assert code == 0, err
     assert "clean 0." in out and "pgd20_8/255 0." in out and "wrote nets/w.safetensors and w.json" in err
     path = place / "nets" / "w.safetensors"
@@ -118,7 +111,7 @@ def test_training_learns_and_its_checkpoint_runs_in_a_grid(place: Path, capsys: 
     (place / "profile.yaml").write_text(yaml.safe_dump(profile))
     (place / "grid.yaml").write_text(yaml.safe_dump(grid))
     code, _, err = bench(
-        capsys, "run", "--grid", "grid.yaml", "--store", "s", "--out", "o", "--device", "cpu", "--workers", "1",
+        "run", "--grid", "grid.yaml", "--store", "s", "--out", "o", "--device", "cpu", "--workers", "1",
         "--quiet",
     )  # fmt: skip
     assert code == 0, err
@@ -141,16 +134,16 @@ t.train_target(job, own, Path("w.safetensors"), device=torch.device("cpu"), prog
 """
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(place: Path, capsys: Any) -> None:
+def test_a_killed_training_goes_on_to_the_same_bits(place: Path, train: Run) -> None:
     code = KILLED.format(root=str(ROOT), spec=DIGITS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120)
     assert done.returncode == -9, done.stderr.decode()[-500:]
     (state,) = place.glob("s/training/*/state.safetensors")
     assert read_meta(state)["step"] == 3 and not (place / "w.safetensors").exists()
-    assert train(capsys, *SMALL)[0] == 0
+    assert train(*SMALL)[0] == 0
     assert not state.exists()
     straight = ("--epochs", "2", "--batch-size", "32", "--out", "straight.safetensors", "--store", "other")
-    assert train(capsys, *straight)[0] == 0
+    assert train(*straight)[0] == 0
     one, two = (load_state(place / f"{name}.safetensors") for name in ("w", "straight"))
     assert one.state.keys() == two.state.keys()
     assert all(torch.equal(one.state[name], two.state[name]) for name in one.state)
@@ -158,13 +151,13 @@ def test_a_killed_training_goes_on_to_the_same_bits(place: Path, capsys: Any) ->
         assert one.meta[name] == two.meta[name]
 
     # The same command finds it; another one does not replace it unasked.
-    code, out, _ = train(capsys, *SMALL)
+    code, out, _ = train(*SMALL)
     assert code == 0 and "w.safetensors is there already" in out
     before = sha256_file(place / "w.safetensors")
-    code, _, err = train(capsys, *SMALL, "--seed", "1")
+    code, _, err = train(*SMALL, "--seed", "1")
     assert code == 2 and "was made by another training; --overwrite replaces it" in err
     assert sha256_file(place / "w.safetensors") == before
-    assert train(capsys, *SMALL, "--no-normalise", "--seed", "1", "--overwrite")[0] == 0
+    assert train(*SMALL, "--no-normalise", "--seed", "1", "--overwrite")[0] == 0
     assert sha256_file(place / "w.safetensors") != before
     facts = read_meta(place / "w.safetensors")
     assert (facts["mean"], facts["std"]) == ([0, 0, 0], [1, 1, 1])
@@ -304,16 +297,16 @@ def test_training_and_scores_use_different_images() -> None:
         (("--device", "cuda:77"), "--device cuda:77 cannot be used"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(place: Path, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line(place: Path, train: Run, arguments: tuple[str, ...], message: str) -> None:
     (place / "file").write_text("")
-    code, _, err = train(capsys, *SMALL, *arguments, "--plugin", str(TOY))
+    code, _, err = train(*SMALL, *arguments, "--plugin", str(TOY))
     assert code == 2, err
     assert message in err and len(err.splitlines()) == 1
     assert not list(place.rglob("*.safetensors"))
 
 
-def test_a_training_that_diverges_says_so(place: Path, capsys: Any) -> None:
-    code, _, err = train(capsys, *SMALL, "--lr", "1e30")
+def test_a_training_that_diverges_says_so(place: Path, train: Run) -> None:
+    code, _, err = train(*SMALL, "--lr", "1e30")
     assert code == 2 and "training of mini_vgg diverged at step" in err and len(err.splitlines()) == 1
 
 
