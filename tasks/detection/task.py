@@ -56,29 +56,26 @@ class Detection(Task):
         import matplotlib
         from matplotlib.patches import Rectangle
 
-        found = prediction.above(0.3) if isinstance(prediction, Detections) else None
-        if found is None:
-            boxes, labels, scores, masks = prediction.corners(), prediction.labels, None, None
-        else:
-            boxes, labels, scores = (
-                found.boxes.cpu().numpy(),
-                found.labels.cpu().numpy(),
-                found.scores.tolist(),
-            )
-            masks = None if found.masks is None else found.masks.cpu().numpy()
-        palette = matplotlib.colormaps["tab10"]
-        for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels.tolist(), strict=True)):
-            colour = palette(label % 10)
+        shown, palette = _shown(prediction), matplotlib.colormaps["tab10"]
+        boxes = shown.boxes.cpu().numpy() if isinstance(shown, Detections) else shown.corners()
+        masks = (
+            shown.masks.cpu().numpy() if isinstance(shown, Detections) and shown.masks is not None else None
+        )
+        for i, ((x1, y1, x2, y2), name) in enumerate(zip(boxes, _names(shown, classes), strict=True)):
+            colour = palette(int(shown.labels[i]) % 10)
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
-            name = classes[label] if scores is None else f"{classes[label]} {scores[i]:.1f}"
             axes.text(
                 x1, y1, name, color="white", fontsize=6, va="bottom", bbox={"color": colour, "pad": 0.5}
             )
             if masks is not None:
                 layer = np.zeros((*masks[i].shape, 4))
                 layer[masks[i]] = (*colour[:3], 0.45)
-                axes.imshow(layer, interpolation="nearest")
-        return f"{len(boxes)} found" if found is not None else ""
+                axes.imshow(layer, interpolation="none")
+        return f"{len(boxes)} found" if isinstance(shown, Detections) else ""
+
+    def words(self, prediction: Any, classes: Sequence[str]) -> str:
+        """The classes of what `draw` shows, with the scores of detections."""
+        return ", ".join(_names(_shown(prediction), classes))
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
@@ -90,6 +87,17 @@ class Detection(Task):
         """
         wrong = wrong_classes(rule, self.name, num_classes, rng)
         return tuple(t.relabelled(w[t.labels]) for t, w in zip(targets, wrong, strict=True))
+
+
+def _shown(prediction: Detections | Objects) -> Detections | Objects:
+    return prediction.above(0.3) if isinstance(prediction, Detections) else prediction
+
+
+def _names(shown: Detections | Objects, classes: Sequence[str]) -> list[str]:
+    names = [classes[int(label)] for label in shown.labels]
+    if isinstance(shown, Objects):
+        return names
+    return [f"{name} {score:.1f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
