@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from bench.errors import GridError, NotApplicable, StoreError, unknown
 from bench.plan import Cell, task_instance
 from bench.protocols import Geometry
-from bench.registry import METRICS
 from bench.store import Store
 from bench.views import View, for_each_view
 
@@ -47,7 +46,7 @@ class Panel:
         heading: what it shows.
         image: (3, H, W) in [0,1].
         prediction: drawn over it, or ground truth; None = nothing is.
-        score: of the prediction (`Task.rows`); None for ground truth.
+        score, verdict: of the prediction (`Task.rows`, `Task.verdict`); None and "" for ground truth.
         cam: class activation map (h, w) of the predicted class, drawn over it; None = none is.
         likeness: correlation of this map with that of the clean image; None where sizes differ or one is flat.
         noise: mean absolute difference from the clean image, of 255, where that is what is shown.
@@ -57,6 +56,7 @@ class Panel:
     image: Tensor
     prediction: Any = None
     score: float | None = None
+    verdict: str = ""
     cam: Tensor | None = None
     likeness: float | None = None
     noise: float | None = None
@@ -199,11 +199,11 @@ def _noise(heading: str, noise: Tensor) -> Panel:
 def _predicted(view: View, heading: str, given: _Given) -> list[Panel]:
     task = task_instance(view.cell.target.task)
     # Predictions are in the coordinates of the image before the defense moved it.
-    said = view.model.predict(given.seen, geometry=given.geometry)
+    predictions = view.model.predict(given.seen, geometry=given.geometry)
     shown = given.seen if given.seen.shape == given.pixels.shape else given.pixels
     return [
-        Panel(heading, x, prediction, float(task.rows(prediction, truth)["score"]))
-        for x, prediction, truth in zip(shown.cpu(), said, view.batch.targets, strict=True)
+        Panel(heading, x, said, float(task.rows(said, truth)["score"]), task.verdict(said, truth))
+        for x, said, truth in zip(shown.cpu(), predictions, view.batch.targets, strict=True)
     ]
 
 
@@ -264,12 +264,8 @@ def _draw(axes: Axes, panel: Panel, row: Strip) -> None:
     else:
         axes.imshow(image, interpolation="none")
     if panel.prediction is not None:
-        task = task_instance(row.task)
-        caption = task.draw(axes, panel.prediction, row.classes)
-        if panel.score is not None:
-            all_or_nothing = METRICS.create(task.metrics[0]).interval == "wilson"
-            mark = "✓✗"[panel.score < RIGHT] if all_or_nothing else f"score {panel.score:.2f}"
-            caption = f"{caption} {mark}" if all_or_nothing else f"{caption}\n{mark}"
+        caption = task_instance(row.task).draw(axes, panel.prediction, row.classes)
+        caption += (" " if len(panel.verdict) == 1 else "\n") * bool(panel.verdict) + panel.verdict
     axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes.set_xlabel(caption, fontsize=9)
     axes.spines[:].set_visible(True)

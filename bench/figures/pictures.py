@@ -12,7 +12,7 @@ from pydantic import Field
 
 from bench.errors import GridError
 from bench.figures.base import FigureKind, Source, Where, attacked, labels
-from bench.pictures import RIGHT, Column, Panel, Strip, picture, position, strips_of
+from bench.pictures import RIGHT, Column, Strip, picture, position, strips_of
 from bench.plan import Cell, Plan, task_instance
 from bench.registry import FIGURES
 from bench.views import View
@@ -27,8 +27,7 @@ class Pictures(FigureKind):
 
     CAFD's Fig. 1 and 4 (Zhou et al. 2021), alignment's Fig. 4 and 7 to 9 (Xu et al. 2020), NRP's Fig. 6 to 8 (Naseer
     et al. 2020), HGD's Fig. 6 (Liao et al. 2018). A row is an image of a cell. Below each panel stands what the target
-    says of it, with the score (of detections the image's own average precision at IoU 0.5, of label maps the pixel
-    accuracy).
+    says of it, and how right that is (`Task.verdict`).
 
     Args:
         where: which cells.
@@ -61,10 +60,10 @@ class Pictures(FigureKind):
                 position(cell, place)
 
     def compute(self, source: Source) -> pd.DataFrame:
-        """A line for each panel: role, defense, attack, level_label, n, image, panel, truth, prediction, score.
+        """A line for each panel: role, defense, attack, level_label, n, image, panel, truth, prediction.
 
-        Where asked for also noise, its mean size of 255, and cam_like_clean, the correlation. What `draw` shows goes
-        with them, in `attrs["strips"]`.
+        Of predictions also verdict and score; noise, its mean size of 255, and cam_like_clean, the correlation, where
+        asked for. What `draw` shows goes with them, in `attrs["strips"]`.
         """
         rows = list(self._rows(source))
         lines = pd.DataFrame([line for cell, count, strip in rows for line in _lines(cell, count, strip)])
@@ -72,9 +71,7 @@ class Pictures(FigureKind):
         lines = lines.drop(columns=[column for column, drop in unused.items() if drop])
         varying = [c for c in ("role", "defense", "attack", "level_label") if lines[c].nunique() > 1]
         lines.attrs["strips"] = [
-            replace(
-                strip, title="\n".join([*(_broken(labels(cell)[c]) for c in varying), f"image {strip.image}"])
-            )
+            replace(strip, title="\n".join(_broken([labels(cell)[c] for c in varying], strip.image)))
             for cell, _, strip in rows
         ]
         return lines
@@ -117,8 +114,9 @@ class Pictures(FigureKind):
         return sorted(sorted(ids, key=lambda id: id not in right)[: self.images], key=ids.index)
 
 
-def _broken(label: str) -> str:
-    return textwrap.fill(label.replace("+", " + "), 30)
+def _broken(labels: Sequence[str], image: str) -> list[str]:
+    """Lines that are not longer than a row is high."""
+    return [textwrap.fill(label.replace("+", " + "), 30) for label in (*labels, f"image {image}")]
 
 
 def _lines(cell: Cell, count: int, strip: Strip) -> Iterator[dict[str, Any]]:
@@ -126,12 +124,13 @@ def _lines(cell: Cell, count: int, strip: Strip) -> Iterator[dict[str, Any]]:
     about = {**labels(cell), "n": count, "image": strip.image}
     truth = task.words(strip.truth, strip.classes)
     for panel in strip.panels:
+        said = "" if panel.prediction is None else task.words(panel.prediction, strip.classes)
         yield {
-            **about, "panel": " ".join(panel.heading.split()), "truth": truth,
-            "prediction": _said(task, panel, strip.classes), "score": panel.score, "noise": panel.noise,
-            "cam_like_clean": panel.likeness,
+            **about, "panel": " ".join(panel.heading.split()), "truth": truth, "prediction": said,
+            "verdict": panel.verdict, "score": _round(panel.score), "noise": _round(panel.noise),
+            "cam_like_clean": _round(panel.likeness),
         }  # fmt: skip
 
 
-def _said(task: Any, panel: Panel, classes: Sequence[str]) -> str | None:
-    return None if panel.prediction is None else task.words(panel.prediction, classes)
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

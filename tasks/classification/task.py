@@ -73,6 +73,10 @@ class Classification(Task):
         sure = f" {prediction.confidence:.0%}" if isinstance(prediction, Decision) else ""
         return f"{classes[int(prediction)]}{sure}"
 
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """A tick or a cross."""
+        return "✓" if int(prediction) == int(target) else "✗"
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[int, ...]:

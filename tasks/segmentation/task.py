@@ -71,6 +71,10 @@ class Segmentation(Task):
         """The labels that occur, label 0 left out."""
         return ", ".join(_present(np.asarray(prediction), classes))
 
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """The share of pixels that are right."""
+        return f"{self.rows(prediction, target)['score']:.0%} of pixels right"
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[torch.Tensor, ...]:

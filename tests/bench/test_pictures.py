@@ -139,14 +139,14 @@ def test_what_a_picture_shows() -> None:
     labels = torch.zeros(8, 8, dtype=torch.long)
     rows = [
         Strip("one", "classification", ("a", "b"), "0", (
-            Panel("clean", image, 1, 1.0), Panel("attacked", image, 0, 0.0),
+            Panel("clean", image, 1, 1.0, "✓"), Panel("attacked", image, 0, 0.0, "✗"),
             Panel("map", image, cam=cam, likeness=0.256), Panel("noise", image, noise=12.34),
         ), 1),
         Strip("two", "detection", ("a", "b"), "0", (
-            Panel("clean", image, found, 0.5), *[Panel("attacked", image)] * 3
+            Panel("clean", image, found, 0.5, "0 of 2 right, 1 false"), *[Panel("attacked", image)] * 3
         ), None),
         Strip("three", "segmentation", ("a", "b"), "0", (
-            Panel("clean", image, labels + 1, 1.0), *[Panel("attacked", image)] * 3
+            Panel("clean", image, labels + 1, 1.0, "100% of pixels right"), *[Panel("attacked", image)] * 3
         ), None),
     ]  # fmt: skip
     figure = picture(rows)
@@ -156,7 +156,10 @@ def test_what_a_picture_shows() -> None:
     assert [axes.get_xlabel() for axes in shown[0]] == [
         "b ✓", "a ✗", "like the clean one's: 0.26", "mean 12.3 of 255"
     ]  # fmt: skip
-    assert [row[0].get_xlabel() for row in shown[1:]] == ["1 found\nscore 0.50", "b\nscore 1.00"]
+    assert [row[0].get_xlabel() for row in shown[1:]] == [
+        "1 found\n0 of 2 right, 1 false",
+        "b\n100% of pixels right",
+    ]
     assert [row[0].get_ylabel() for row in shown] == ["one", "two", "three"]
     assert len(shown[1, 0].patches) == 1 and len(shown[2, 0].images) == 2
     overlay = np.asarray(shown[0, 2].images[1].get_array())
@@ -190,3 +193,32 @@ def test_what_tasks_draw() -> None:
     plot = axes()
     assert detection.draw(plot, truth, ("a", "b")) == "" and detection.words(truth, ("a", "b")) == "b"
     assert plot.patches[0].get_bbox().bounds == (2, 4, 8, 12) and plot.texts[0].get_text() == "b"
+
+
+def test_verdicts() -> None:
+    assert [task_instance("classification").verdict(said, 1) for said in (1, 0)] == ["✓", "✗"]
+    truth = torch.tensor([[0, 1], [2, 255]])
+    said = torch.tensor([[0, 2], [2, 2]])
+    assert task_instance("segmentation").verdict(said, truth) == "67% of pixels right"
+    objects = Objects(np.array([[0.0, 0, 4, 4], [6, 6, 4, 4]]), np.array([0, 1]), (10, 10), 2)
+    # The first is right, the second on the same object, the third of another class, the fourth is not shown.
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 3], [6, 6, 10, 10], [6, 6, 10, 10]])
+    found = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 0, 0, 1]))
+    assert task_instance("detection").verdict(found, objects) == "1 of 2 right, 2 false"
+
+
+def test_labels_of_boxes_hide_no_other_and_stay_in_the_image() -> None:
+    plot = axes()
+    plot.imshow(np.zeros((100, 100, 3)))
+    corners = [[10, 30, 60, 80], [11, 31, 61, 81], [12, 30, 60, 80], [90, 1, 99, 50], [10, 30, 60, 80.0]]
+    found = Detections(torch.tensor(corners), torch.full((5,), 0.9), torch.tensor([0, 1, 0, 1, 1]))
+    task_instance("detection").draw(plot, found, ("three", "four"))
+    figure = plot.figure
+    figure.set_size_inches(2.0, 2.0)
+    plot.set_position([0, 0, 1, 1])
+    figure.canvas.draw()
+    frame, extents = plot.get_window_extent(), [text.get_window_extent() for text in plot.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
+    assert all(
+        frame.x0 <= e.x0 and e.x1 <= frame.x1 and frame.y0 <= e.y0 and e.y1 <= frame.y1 for e in extents
+    )
