@@ -48,7 +48,7 @@ class Panel:
         prediction: drawn over it, or ground truth; None = nothing is.
         score, verdict: of the prediction (`Task.rows`, `Task.verdict`); None and "" for ground truth.
         cam: class activation map (h, w) of the predicted class, drawn over it; None = none is.
-        likeness: correlation of this map with that of the clean image; None where sizes differ or one is flat.
+        likeness: correlation of this map with that of the clean image; None for its own, of another size or a flat one.
         noise: mean absolute difference from the clean image, of 255, where that is what is shown.
     """
 
@@ -208,8 +208,9 @@ def _predicted(view: View, heading: str, given: _Given) -> list[Panel]:
 
 
 def _activated(view: View, heading: str, seen: Tensor, reference: Tensor) -> list[Panel]:
+    heading, alike = f"class activation,\n{heading}", seen is not view.batch.images
     return [
-        Panel(f"class activation,\n{heading}", x, cam=m, likeness=likeness(m, clean))
+        Panel(heading, x, cam=m, likeness=likeness(m, clean) if alike else None)
         for x, m, clean in zip(seen.cpu(), _maps(view, seen), reference, strict=True)
     ]
 
@@ -260,7 +261,7 @@ def _draw(axes: Axes, panel: Panel, row: Strip) -> None:
         if overlay.max() > 0:
             axes.contour(overlay, levels=[0.5], colors="white", linewidths=1)
         if panel.likeness is not None:
-            caption = f"like the clean one's: {panel.likeness:.2f}"
+            caption = f"like clean's: {panel.likeness:.2f}"
     else:
         axes.imshow(image, interpolation="none")
     if panel.prediction is not None:

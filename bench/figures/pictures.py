@@ -78,7 +78,7 @@ class Pictures(FigureKind):
 
     def draw(self, lines: pd.DataFrame) -> Figure:
         """A row for each image of each cell."""
-        return picture(lines.attrs["strips"])
+        return picture(lines.attrs["strips"], size=1.75)
 
     def _rows(self, source: Source) -> Iterator[tuple[Cell, int, Strip]]:
         """Cells and rows, role by role, the cells of one image together; with the number of images."""

@@ -154,7 +154,7 @@ def test_what_a_picture_shows() -> None:
     assert [axes.get_title() for axes in shown[0]] == ["clean", "attacked", "map", "noise"]
     assert not any(axes.get_title() for axes in shown[1:].flat)
     assert [axes.get_xlabel() for axes in shown[0]] == [
-        "b ✓", "a ✗", "like the clean one's: 0.26", "mean 12.3 of 255"
+        "b ✓", "a ✗", "like clean's: 0.26", "mean 12.3 of 255"
     ]  # fmt: skip
     assert [row[0].get_xlabel() for row in shown[1:]] == [
         "1 found\n0 of 2 right, 1 false",
