@@ -29,7 +29,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Store]:
     folder = tmp_path_factory.mktemp("pictures")
     block = {
         "roles": ["classification"],
-        "defenses": ["random", "jpeg"],
+        "defenses": ["random", "jpeg", "random_resize_pad"],
         "attacks": ["pgd"],
         "threats": ["oblivious"],
     }
@@ -49,7 +49,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Store]:
     return Options(folder / "toy.yaml"), Store(folder / "s")
 
 
-@pytest.mark.parametrize("defense", ["random", "jpeg"])
+@pytest.mark.parametrize("defense", ["random", "jpeg", "random_resize_pad"])
 def test_a_strip_shows_what_was_evaluated(ran: tuple[Options, Store], defense: str) -> None:
     options, store = ran
     plan = make_plan(options)
@@ -114,6 +114,9 @@ def test_mistakes(ran: tuple[Options, Store], tmp_path: Path) -> None:
         strip(cell, store, 12, CPU)
     with pytest.raises(GridError, match=r"unknown image of cell .*toy-1"):
         strip(cell, store, "toy-111", CPU)
+    resizing = make_plan(options).cell("classification / random_resize_pad / pgd / oblivious")
+    with pytest.raises(GridError, match="the defense resizes images: noise cannot be compared"):
+        strip(resizing, store, 0, CPU, ["left"])
     with pytest.raises(StoreError, match="run the grid first"):
         strip(cell, Store(tmp_path / "empty"), 0, CPU)
     with pytest.raises(GridError, match=r"expected a \.png or \.svg"):
