@@ -870,6 +870,7 @@ def picture(
     grid: GridOption,
     image: Annotated[int, typer.Option(min=0, help="Position of the image in its dataset.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG or SVG file.")] = Path("picture.png"),
+    cam: Annotated[bool, typer.Option("--cam", help="Also class activation maps (classifiers).")] = False,
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
@@ -884,7 +885,7 @@ def picture(
 
     plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     device = torch.device("cpu")
-    save(draw([strip(plan.cell(cell), opened, image, device) for cell in cells]), output)
+    save(draw([strip(plan.cell(cell), opened, image, device, cam=cam) for cell in cells]), output)
     err.print(f"wrote {escape(str(output))}")
 
 

@@ -26,6 +26,8 @@ _STYLE: dict[str, Any] = {
     "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "legend.frameon": False, "legend.labelcolor": INK,
     "axes.grid": True, "grid.color": INK, "grid.alpha": 0.18, "grid.linewidth": 0.6, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True,
+    # Each image in an SVG with its own pixels, also where several lie on each other.
+    "image.composite_image": False,
 }  # fmt: skip
 
 

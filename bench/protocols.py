@@ -270,6 +270,14 @@ class Task(ABC):
         """
         return ""
 
+    def words(self, prediction: Any, classes: Sequence[str]) -> str:
+        """A prediction, or ground truth, in one line of words, for whoever does not see the drawing."""
+        return ""
+
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """How right a prediction is, in a few words."""
+        return f"score {self.rows(prediction, target)['score']:.2f}"
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[Any, ...]:

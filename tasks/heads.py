@@ -18,6 +18,7 @@ from bench.errors import GridError, NotApplicable
 from bench.protocols import TargetModel
 
 __all__ = [
+    "class_activation_maps",
     "class_rows",
     "feature_layer",
     "final_linear",
@@ -81,6 +82,39 @@ def class_rows(linear: nn.Linear | nn.Conv2d, maps: Tensor, logits: Callable[[],
         if isinstance(linear, nn.Conv2d):
             return linear.weight.flatten(1)[linear(maps).argmax(1)].permute(0, 3, 1, 2)
         return linear.weight[logits().argmax(1)][:, :, None, None]
+
+
+def class_activation_maps(model: TargetModel, images: Tensor) -> Tensor:
+    """What each place of the last feature maps adds to the predicted class: sum_k w_k^c f_k (Zhou et al. 2016).
+
+    The mean of a map, with the class's bias, is the logit.
+
+    Args:
+        model: a classifier that averages its last maps for a linear layer.
+        images: (B, 3, H, W) in [0,1].
+
+    Returns:
+        (B, h, w) of the size of the maps, no gradient.
+
+    Raises:
+        NotApplicable: another task, or a network whose logits are not these means.
+    """
+    if model.task != "classification":
+        raise NotApplicable(
+            f"class activation maps need one class for the image, which {model.task} does not have"
+        )
+    linear = final_linear(model)
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        logits, maps = model.logits(images), model.features(images, last_maps(model, images))
+        # Networks that do anything else between the maps and the linear layer have no such maps.
+        if not torch.allclose(linear(maps.mean((2, 3))), logits, rtol=1e-3, atol=1e-3):
+            raise NotApplicable(
+                f"{type(_network(model)).__name__} has no class activation maps: its logits are not what its last "
+                "linear layer makes of the averages of its last maps"
+            )
+        found: Tensor = (maps * class_rows(linear, maps, lambda: logits)).sum(1)
+    return found
 
 
 def last_convolution(model: TargetModel) -> str:

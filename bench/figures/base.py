@@ -209,5 +209,6 @@ def constant(lines: pd.DataFrame, shown: Collection[str] = ()) -> str:
         found.append(" and ".join([level for level in levels if level != CLEAN] or levels))
     counts = sorted({int(n) for n in lines["n"]}) if "n" in lines else []
     if counts:
-        found.append(f"{counts[0]} images" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} images")
+        numbers = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        found.append(f"{numbers} image{'s' * (numbers != '1')}")
     return ", ".join(found)

@@ -12,7 +12,7 @@ import torch
 
 from bench.errors import BenchError
 from bench.frame import ADAPTIVE, WORST
-from bench.pictures import Strip, picture, strip
+from bench.pictures import RIGHT, Strip, picture, strip
 from bench.plan import Cell, Plan
 from bench.runner import cell_record
 from bench.store import Store
@@ -20,7 +20,6 @@ from bench.store import Store
 LOG = logging.getLogger(__name__)
 IMAGE_BYTES = 250_000
 TOTAL_BYTES = 6_000_000
-RIGHT = 0.9
 _RESOLUTIONS = (110, 80, 55)
 _KNOWLEDGE = ("white_box", "bpda", "gray_box", "oblivious", "transfer")
 

@@ -65,9 +65,17 @@ class Classification(Task):
         return row
 
     def draw(self, axes: Any, prediction: Any, classes: Sequence[str]) -> str:
-        """The class as caption, with the model's confidence where it is known."""
+        """Draws nothing: the caption says it (`words`)."""
+        return self.words(prediction, classes)
+
+    def words(self, prediction: Any, classes: Sequence[str]) -> str:
+        """The class, with the model's confidence where it is known."""
         sure = f" {prediction.confidence:.0%}" if isinstance(prediction, Decision) else ""
         return f"{classes[int(prediction)]}{sure}"
+
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """A tick or a cross."""
+        return "✓" if int(prediction) == int(target) else "✗"
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG

@@ -56,29 +56,36 @@ class Detection(Task):
         import matplotlib
         from matplotlib.patches import Rectangle
 
-        found = prediction.above(0.3) if isinstance(prediction, Detections) else None
-        if found is None:
-            boxes, labels, scores, masks = prediction.corners(), prediction.labels, None, None
-        else:
-            boxes, labels, scores = (
-                found.boxes.cpu().numpy(),
-                found.labels.cpu().numpy(),
-                found.scores.tolist(),
-            )
-            masks = None if found.masks is None else found.masks.cpu().numpy()
-        palette = matplotlib.colormaps["tab10"]
-        for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels.tolist(), strict=True)):
-            colour = palette(label % 10)
+        shown, palette = _shown(prediction), matplotlib.colormaps["tab10"]
+        boxes = shown.boxes.cpu().numpy() if isinstance(shown, Detections) else shown.corners()
+        masks = (
+            shown.masks.cpu().numpy() if isinstance(shown, Detections) and shown.masks is not None else None
+        )
+        for (x1, y1, x2, y2), label in zip(boxes, shown.labels, strict=True):
+            colour = palette(int(label) % 10)
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
-            name = classes[label] if scores is None else f"{classes[label]} {scores[i]:.1f}"
-            axes.text(
-                x1, y1, name, color="white", fontsize=6, va="bottom", bbox={"color": colour, "pad": 0.5}
-            )
-            if masks is not None:
-                layer = np.zeros((*masks[i].shape, 4))
-                layer[masks[i]] = (*colour[:3], 0.45)
-                axes.imshow(layer, interpolation="nearest")
-        return f"{len(boxes)} found" if found is not None else ""
+        for mask, label in zip(() if masks is None else masks, shown.labels, strict=masks is not None):
+            layer = np.zeros((*mask.shape, 4))
+            layer[mask] = (*palette(int(label) % 10)[:3], 0.45)
+            axes.imshow(layer, interpolation="none")
+        names = _names(shown, classes)
+        for (x, y), name, label in zip(_places(boxes, names, axes), names, shown.labels, strict=True):
+            box = {"color": palette(int(label) % 10), "pad": 0.5}
+            axes.text(x, y, name, color="white", fontsize=6, va="bottom", bbox=box)
+        return f"{len(boxes)} found" if isinstance(shown, Detections) else ""
+
+    def words(self, prediction: Any, classes: Sequence[str]) -> str:
+        """The classes of what `draw` shows, with the scores of detections."""
+        return ", ".join(_names(_shown(prediction), classes))
+
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """How many objects what `draw` shows has found (class, and IoU of boxes 0.5), and how much of it is false."""
+        entries = match(_shown(prediction), target, "box")
+        hits = [
+            bool(m & 1) for entry in entries for m, g in zip(entry["m"], entry["g"], strict=True) if not g & 1
+        ]
+        objects = sum(entry["n"] for entry in entries)
+        return f"{sum(hits)} of {objects} right, {len(hits) - sum(hits)} false"
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
@@ -90,6 +97,41 @@ class Detection(Task):
         """
         wrong = wrong_classes(rule, self.name, num_classes, rng)
         return tuple(t.relabelled(w[t.labels]) for t, w in zip(targets, wrong, strict=True))
+
+
+def _shown(prediction: Detections | Objects) -> Detections | Objects:
+    return prediction.above(0.3) if isinstance(prediction, Detections) else prediction
+
+
+def _names(shown: Detections | Objects, classes: Sequence[str]) -> list[str]:
+    names = [classes[int(label)] for label in shown.labels]
+    if isinstance(shown, Objects):
+        return names
+    return [f"{name} {score:.1f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
+
+
+def _places(boxes: np.ndarray, names: Sequence[str], axes: Any) -> list[tuple[float, float]]:
+    """Where labels start (left, bottom): above their boxes, or where they hide no other and stay in the image.
+
+    Their sizes are those of 6 point letters in a panel of about 2 inches.
+    """
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    unit = max(abs(right - left), abs(bottom - top))
+    high = 0.075 * unit
+    taken: list[tuple[float, float, float]] = []
+    for (x1, y1, _, y2), name in zip(boxes.tolist(), names, strict=True):
+        wide = unit * (0.03 * len(name) + 0.02)
+        x = min(max(x1, left), right - wide)
+        inside = [y1 + (k + 1) * high for k in range(3)]
+        choices = [y for y in (y1, y2 + high, *inside) if top + high <= y <= bottom] or [y1]
+        free = [
+            y
+            for y in choices
+            if not any(abs(y - other) < high and x < end and start < x + wide for start, end, other in taken)
+        ]
+        y = (free or choices)[0]
+        taken.append((x, x + wide, y))
+    return [(x, y) for x, _, y in taken]
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,17 @@ class Segmentation(Task):
         labels = np.asarray(prediction)
         colours = matplotlib.colormaps["tab20"](np.arange(256) % 20)
         colours[:, 3], colours[IGNORE], colours[0, 3] = 0.6, (0.5, 0.5, 0.5, 0.6), 0.0
-        axes.imshow(colours[labels.astype(np.int64)], interpolation="nearest")
-        present = [k for k in np.unique(labels).tolist() if 0 < k < len(classes)]
-        return ", ".join(classes[k] for k in present[:4]) + (", …" if len(present) > 4 else "")
+        axes.imshow(colours[labels.astype(np.int64)], interpolation="none")
+        present = _present(labels, classes)
+        return ", ".join(present[:4]) + (", …" if len(present) > 4 else "")
+
+    def words(self, prediction: Any, classes: Sequence[str]) -> str:
+        """The labels that occur, label 0 left out."""
+        return ", ".join(_present(np.asarray(prediction), classes))
+
+    def verdict(self, prediction: Any, target: Any) -> str:
+        """The share of pixels that are right."""
+        return f"{self.rows(prediction, target)['score']:.0%} of pixels right"
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
@@ -82,6 +90,10 @@ class Segmentation(Task):
             table = torch.from_numpy(np.concatenate([wrong, np.full(IGNORE + 1 - num_classes, IGNORE)]))
             maps.append(table[labels])
         return tuple(maps)
+
+
+def _present(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    return [classes[k] for k in np.unique(labels).tolist() if 0 < k < len(classes)]
 
 
 @dataclass(frozen=True)

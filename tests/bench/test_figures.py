@@ -39,6 +39,8 @@ FIGURES: list[dict[str, Any]] = [
     {"name": "layers", **SPREAD, "where": {"attack": "bright-0.1"}},
     {"name": "noise", "kind": "noise", "where": {"attack": "bright-0.1"}},
     {"name": "tsne", "kind": "tsne", "where": {"attack": "bright-0.1", "defense": "darken"}, "points": 5},
+    {"name": "pictures", "kind": "pictures", "where": {"attack": "bright-0.1"}, "images": [1, 0], "cam": True,
+     "columns": ["truth", "clean", "attacked", "purified", "clean_purified", "noise", "left"]},
 ]  # fmt: skip
 GRID: dict[str, Any] = {
     "name": "plain",
@@ -196,6 +198,54 @@ def test_tsne_shows_the_same_things_in_every_panel(ran: Path) -> None:
     assert np.isfinite(lines[["x", "y"]]).all(axis=None)
 
 
+def test_pictures_say_what_the_target_says(ran: Path) -> None:
+    lines = numbers(ran, "pictures")
+    panels = [
+        "ground truth",
+        "clean",
+        "attacked",
+        "attacked, purified",
+        "clean, purified",
+        "noise x10",
+        "noise left x10",
+    ]
+    maps = [f"class activation, {name}" for name in panels[1:5]]
+    # Image by image in the order asked for, the cells of each together.
+    rows = [(1, "none"), (1, "darken"), (0, "none"), (0, "darken")]
+    assert list(dict.fromkeys(zip(lines["image"], lines["defense"], strict=True))) == rows
+    assert all(list(part["panel"]) == panels + maps for _, part in lines.groupby(["image", "defense"]))
+    found = lines.set_index(["image", "defense", "panel"])
+    said, score = found["prediction"], found["score"]
+    # The second image, logits (0.5, 0.45), is green when brighter by 0.1, (0.6, 0.75), and also by 0.05, (0.55, 0.6).
+    assert said[1, "none", "ground truth"] == "red" and np.isnan(score[1, "none", "ground truth"])
+    assert said[1, "none", "clean"].startswith("red") and score[1, "none", "clean"] == 1
+    for defense in ("none", "darken"):
+        assert said[1, defense, "attacked, purified"].startswith("green")
+        assert score[1, defense, "attacked, purified"] == 0
+    sure = torch.tensor([0.55, 0.6]).softmax(0)[1]
+    assert said[1, "darken", "attacked, purified"] == f"green {sure:.0%}"
+    assert said[1, "darken", "clean, purified"].startswith("red")
+    assert found["noise"][1, "darken", "noise x10"] == pytest.approx(25.5, rel=1e-5)
+    assert found["noise"][1, "darken", "noise left x10"] == pytest.approx(12.75, rel=1e-5)
+    # Images of one colour have flat maps, which are not like any other.
+    assert lines["cam_like_clean"].isna().all()
+    (row, *_) = computed(ran, **FIGURES[-1]).attrs["strips"]
+    clean, attacked, *_ = (panel.cam for panel in row.panels if panel.cam is not None)
+    assert torch.allclose(clean, torch.full((4, 4), 0.5)) and torch.allclose(
+        attacked, torch.full((4, 4), 0.75)
+    )
+    assert row.title == "none\nimage 1"
+
+
+def test_pictures_are_of_the_first_images_that_the_target_gets_right(tmp_path: Path, ran: Path) -> None:
+    lines = computed(ran, kind="pictures", where={"attack": "bright-0.1", "defense": "none"}, images=2)
+    assert list(dict.fromkeys(lines["image"])) == ["0", "1"] and set(lines["n"]) == {2}
+    assert list(dict.fromkeys(lines["panel"])) == ["clean", "attacked", "attacked, purified"]
+    assert not {"noise", "cam_like_clean"} & set(lines)
+    many = computed(ran, kind="pictures", where={"attack": "bright-0.1", "defense": "none"}, images=9)
+    assert list(dict.fromkeys(many["image"])) == ["0", "1", "2", "3"]
+
+
 def test_blocks_and_stages() -> None:
     model = LogitsClassifier(VGG((1, 2), (4, 6), 3), 3)
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -234,6 +284,7 @@ def test_blocks_of_a_backbone_that_returns_several_maps() -> None:
     assert blocks(model, torch.rand(1, 3, 4, 4)) == ["backbone.one", "backbone.two", "fc"]
 
 
+PICTURES: dict[str, Any] = {"kind": "pictures", "x": ..., "y": ..., "panels": ..., "distance": ...}
 BAD = [
     ({"kind": "curv"}, "figures[0]: unknown figure kind 'curv': did you mean 'curve'?"),
     ({"name": "bars"}, "two tables or figures are called 'bars'"),
@@ -251,6 +302,11 @@ BAD = [
     ({"colour": "red"}, "figure kind 'curve': unknown parameter 'colour'"),
     ({"kind": 3}, "figures[0].kind: Input should be a valid string"),
     ({**SPREAD, "x": None}, "unknown parameter"),
+    ({**PICTURES, "images": [4]}, "figures[0]: image 4: cell 'classification / none / bright-0.02 / oblivious' has"),
+    ({**PICTURES, "images": 0}, "figure kind 'pictures', images"),
+    ({**PICTURES, "columns": ["clean", "purfied"]}, "figure kind 'pictures', columns.1"),
+    ({**PICTURES, "columns": ["noise"], "cam": True}, "cam: expected a column that is predicted, such as clean"),
+    ({**PICTURES, "where": {"attack": "clean"}}, "figures[0]: where: every cell is clean, expected attacked ones"),
 ]  # fmt: skip
 
 
@@ -259,7 +315,7 @@ def test_mistakes_are_one_line_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
     figures = copy.deepcopy(FIGURES)
-    figures[0] |= change
+    figures[0] = {key: value for key, value in {**figures[0], **change}.items() if value is not ...}
     with pytest.raises(SystemExit, match="2"):
         bench("run", "-g", write(tmp_path, figures=figures), "--store", tmp_path / "s", "-q")
     err = capsys.readouterr().err
@@ -271,6 +327,16 @@ def test_bins_as_wide_as_the_steps() -> None:
     counts = np.array([5, 90, 5])
     assert spacing(np.array([-3, 8, 16]), counts) == 8 and spacing(np.array([-3, 2, 5]), counts) == 2
     assert reach(np.array([-30, 2, 5]), np.array([1, 98, 1])) == 5
+
+
+def test_class_activation_maps_are_of_classifiers(tmp_path: Path) -> None:
+    block = {"roles": ["pspnet"], "defenses": ["none"], "attacks": ["bright-0.1"], "threats": ["oblivious"]}
+    figure = {"name": "f", "kind": "pictures", "cam": True}
+    path = write(tmp_path, blocks=[block], figures=[figure], profile="mini", tables=[])
+    with pytest.raises(
+        GridError, match=r"figures\[0\]: cam: cell 'pspnet / .*' is of task segmentation, expected cells"
+    ):
+        figure_kinds(make_plan(Options(path)))
 
 
 def test_mistakes_in_series(tmp_path: Path) -> None:

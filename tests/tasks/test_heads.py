@@ -10,7 +10,14 @@ from bench.errors import NotApplicable
 from bench.registry import MODELS
 from tasks.classification import cifar_nets
 from tasks.classification.model import LogitsClassifier
-from tasks.heads import class_rows, feature_layer, final_linear, last_convolution, last_maps
+from tasks.heads import (
+    class_activation_maps,
+    class_rows,
+    feature_layer,
+    final_linear,
+    last_convolution,
+    last_maps,
+)
 
 IMAGES = torch.rand(2, 3, 32, 32)
 
@@ -36,6 +43,55 @@ def test_maps_before_a_pooling_module():
     )
     target = LogitsClassifier(network, 3)
     assert last_maps(target, IMAGES) == "1" and last_convolution(target) == "0"
+
+
+def test_class_activation_maps_by_hand():
+    convolution, linear = nn.Conv2d(3, 2, 1, bias=False), nn.Linear(2, 3)
+    convolution.weight.data = torch.tensor([[1.0, 0, 0], [0, 2, -1]])[:, :, None, None]
+    linear.weight.data, linear.bias.data = (
+        torch.tensor([[1.0, 0], [0, 3], [-2, 1]]),
+        torch.tensor([0.0, 0, 5]),
+    )
+    target = LogitsClassifier(nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear), 3)
+    # Maps r and 2 g - b. Image 0: red on the left only; averages (0.5, -0.5), logits (0.5, -1.5, 3.5). Image 1: green
+    # below; averages (0, 1), logits (0, 3, 6). Image 2, the same with 2 green and no red above: (0, 2.25, 5.75).
+    images = torch.zeros(2, 3, 2, 2)
+    images[0, 0, :, 0], images[0, 2, 1] = 1, 1
+    images[1, 1, 1] = 1
+    maps = class_activation_maps(target, images)
+    # Class 2 for both: -2 r + (2 g - b).
+    assert maps.tolist() == [[[-2, 0], [-3, -1]], [[0, 0], [2, 2]]]
+    linear.bias.data[2] = 0
+    # Now (0.5, -1.5, -1.5) and (0, 3, 1): class 0, which is r, and class 1, 3 (2 g - b).
+    maps = class_activation_maps(target, images)
+    assert maps.tolist() == [[[1, 0], [1, 0]], [[0, 0], [6, 6]]]
+    assert not maps.requires_grad
+
+
+@pytest.mark.parametrize("name", ["mini_vgg", "mini_resnet", "mini_wrn"])
+def test_the_mean_of_a_class_activation_map_is_the_logit_but_for_the_bias(name):
+    target = MODELS.create(name).load(torch.device("cpu"))
+    maps, logits = class_activation_maps(target, IMAGES), target.logits(IMAGES)
+    assert maps.shape[0] == 2 and maps.shape[1] == maps.shape[2] > 1
+    top, label = logits.max(1)
+    bias = final_linear(target).bias[label]
+    assert torch.allclose(maps.mean((1, 2)) + bias, top, atol=1e-4) and (top - bias).abs().min() > 0.1
+
+
+def test_networks_without_class_activation_maps():
+    # The largest value of each map in place of its average; a hidden layer as wide as the maps.
+    for rest in (
+        [nn.AdaptiveMaxPool2d(1), nn.Flatten()],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 5)],
+    ):
+        target = LogitsClassifier(nn.Sequential(nn.Conv2d(3, 5, 3), *rest, nn.Linear(5, 3)), 3)
+        with pytest.raises(
+            NotApplicable, match="Sequential has no class activation maps: its logits are not what"
+        ):
+            class_activation_maps(target, IMAGES)
+    target.task = "detection"
+    with pytest.raises(NotApplicable, match="need one class for the image, which detection does not have"):
+        class_activation_maps(target, IMAGES)
 
 
 def test_networks_without_them():
