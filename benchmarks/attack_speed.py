@@ -54,6 +54,12 @@ class Counter:
 def cases() -> list[Case]:
     """What is compared."""
     ddn = {"foolbox": ("DDNAttack", {"steps": 100}), "adv_lib": ("ddn", {"steps": 100, "levels": None})}
+    deepfool: dict[str, tuple[str, dict[str, Any]]] = {
+        "foolbox": ("L2DeepFoolAttack", {}),
+        "torchattacks": ("DeepFool", {}),
+        "art": ("DeepFool", {"max_iter": 50, "nb_grads": 10}),
+        "adv_lib": ("df", {"steps": 50}),
+    }
     return [
         Case(
             "fgsm",
@@ -94,16 +100,8 @@ def cases() -> list[Case]:
         Case(
             "ddn, 44 steps + refine 5, against 100", ("ddn", {"steps": 44, "refine": 5, "levels": None}), ddn
         ),
-        Case(
-            "deepfool",
-            ("deepfool", {}),
-            {
-                "foolbox": ("L2DeepFoolAttack", {}),
-                "torchattacks": ("DeepFool", {}),
-                "art": ("DeepFool", {"max_iter": 50, "nb_grads": 10}),
-                "adv_lib": ("df", {"steps": 50}),
-            },
-        ),
+        Case("deepfool", ("deepfool", {}), deepfool),
+        Case("deepfool, 4 candidates, against all", ("deepfool", {"candidates": 4}), deepfool),
         Case(
             "deepfool_linf",
             ("deepfool_linf", {}),
@@ -138,8 +136,8 @@ def cases() -> list[Case]:
         ),
         # Where the search for c begins near its end; as DDN's, a setting of ours against the other's usual one.
         Case(
-            "cw_l2, 6 x 60 steps from c = 1, against 9 x 100",
-            ("cw_l2", {"steps": 60, "binary_search_steps": 6, "initial_c": 1.0}),
+            "cw_l2, 6 x 55 steps from c = 1, against 9 x 100",
+            ("cw_l2", {"steps": 55, "binary_search_steps": 6, "initial_c": 1.0}),
             {"foolbox": ("L2CarliniWagnerAttack", {"steps": 100})},
             images=32,
         ),
