@@ -75,7 +75,7 @@ def ours(target: TargetModel, name: str, params: dict[str, Any], start: int = 0)
 
     def run(images: Tensor, labels: Tensor) -> Tensor:
         attack = ATTACKS.create(name, params)
-        rng = ImageRNG.for_images(f"contest {start}", map(str, range(len(images))))
+        rng = ImageRNG.for_images(f"contest{start or ''}", map(str, range(len(images))))
         oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
         return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
 
