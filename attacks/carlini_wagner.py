@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -104,6 +104,8 @@ class CWL2(MinimalNorm):
         kappa: confidence, the margin by which the victim has to be wrong.
         abort_early: a descent ends for an image when a tenth of the steps, at least ten, has not lowered its loss by
             0.01 %.
+        refined: how many of the last values of c are descended to the end; at the others an image is done as soon as
+            it succeeds, which is all that the search for c asks. None = all of them, as published.
         target: rule for a wrong target to reach; None = untargeted.
     """
 
@@ -117,11 +119,19 @@ class CWL2(MinimalNorm):
         lr: Positive = 0.01,
         kappa: Confidence = 0.0,
         abort_early: bool = True,
+        refined: Annotated[int, Field(ge=1)] | None = None,
         target: str | None = None,
     ) -> None:
         self.steps, self.binary_search_steps = steps, binary_search_steps
         self.initial_c, self.lr, self.kappa = initial_c, lr, kappa
-        self.abort_early, self.target = abort_early, target
+        self.abort_early, self.refined, self.target = abort_early, refined, target
+
+    def identity(self) -> dict[str, Any]:
+        """Name and parameters; `refined` only where it is given: what was stored before it existed stays valid."""
+        identity = super().identity()
+        if self.refined is None:
+            identity["params"].pop("refined", None)
+        return identity
 
     def passes(self) -> int:
         return self.steps * self.binary_search_steps
@@ -140,14 +150,15 @@ class CWL2(MinimalNorm):
                 break
             index = working.index
             found = torch.zeros_like(lower, dtype=torch.bool)
-            self._descend(working, c[index].to(start.clean.dtype), best, found)
+            quick = self.refined is not None and number < self.binary_search_steps - self.refined
+            self._descend(working, c[index].to(start.clean.dtype), best, found, quick)
             upper = torch.where(found, c, upper)
             lower = torch.where(found, lower, c)
             c = torch.where(upper.isinf(), c * 10, (lower + upper) / 2)
         return best.images
 
-    def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor) -> None:
-        """One descent at weights `c`; what succeeds is offered to `best` and marked in `found` (B,)."""
+    def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor, quick: bool) -> None:
+        """One descent at weights `c`, until success if `quick`; it is offered to `best` and marked in `found` (B,)."""
         w = to_tanh(start.clean)
         lowest = torch.full_like(c, float("inf"))
         work = _Descent(
@@ -175,6 +186,8 @@ class CWL2(MinimalNorm):
             grad = (2 * gap - per_image(push) * seen.grad) * (2 * images * (1 - images))
             work.delta.sub_(work.adam.step(grad, step + 1, self.lr))
             going = best.distance[work.index] > 0
+            if quick:
+                going &= ~found[work.index]
             if self.abort_early and step % every == 0:
                 going &= work.lowest <= 0.9999 * work.lowest_before
                 work.lowest_before.copy_(work.lowest)

@@ -136,8 +136,8 @@ def cases() -> list[Case]:
         ),
         # Where the search for c begins near its end; as DDN's, a setting of ours against the other's usual one.
         Case(
-            "cw_l2, 6 x 55 steps from c = 1, against 9 x 100",
-            ("cw_l2", {"steps": 55, "binary_search_steps": 6, "initial_c": 1.0}),
+            "cw_l2, 6 x 60 steps from c = 1, 3 refined, against 9 x 100",
+            ("cw_l2", {"steps": 60, "binary_search_steps": 6, "initial_c": 1.0, "refined": 3}),
             {"foolbox": ("L2CarliniWagnerAttack", {"steps": 100})},
             images=32,
         ),

@@ -15,6 +15,7 @@ from bench.threat import ModelOracle, Victim
 
 ATTACKS_AND_PARAMS = [
     ("cw_l2", {"steps": 12, "binary_search_steps": 3, "initial_c": 1, "lr": 0.1}),
+    ("cw_l2", {"steps": 12, "binary_search_steps": 4, "initial_c": 1, "lr": 0.1, "refined": 2}),
     ("cw_l2", {"steps": 4, "binary_search_steps": 11, "lr": 0.1, "kappa": 1, "abort_early": False}),
     ("cw_linf", {"steps": 10, "lr": 0.05, "initial_c": 0.1, "largest_c": 10, "smallest_tau": "1/50"}),
     ("cw_pgd", {"steps": 4}),
@@ -69,6 +70,7 @@ def affine(lab):
     ("name", "params", "order", "slack"),
     [
         ("cw_l2", {"steps": 200, "initial_c": 0.01, "binary_search_steps": 10}, 2, 0.005),
+        ("cw_l2", {"steps": 200, "initial_c": 0.01, "binary_search_steps": 10, "refined": 4}, 2, 0.02),
         # The gradient of the cross-entropy is not quite normal to the nearest boundary: the third class pulls.
         ("ddn", {"steps": 100, "levels": None}, 2, 0.09),
         ("deepfool", {"overshoot": 0.001}, 2, 0.005),
@@ -270,6 +272,26 @@ def test_refining_comes_nearer_and_rounds(lab):
     assert (lengths[6] <= lengths[0]).all() and lengths[6].mean() < lengths[0].mean()
     for out in runs.values():
         torch.testing.assert_close(out * 255, (out * 255).round(), rtol=0, atol=1e-4)
+
+
+def test_few_refined_weights_save_passes(lab):
+    """Where only success is asked for, descents end with it; all refined is the published attack, under its old key."""
+    target = lab.Classifier(lab.convnet(), 5)
+    images, _ = lab.batch(8)
+    labels = target.predict(images)
+    found = {}
+    for refined in (None, 8, 3):
+        attack = ATTACKS.create(
+            "cw_l2", {"steps": 40, "lr": 0.02, "binary_search_steps": 8, "refined": refined}
+        )
+        assert ("refined" in attack.identity()["params"]) == (refined is not None)
+        target.sizes.clear()
+        out = lab.run(attack, target, images, labels)
+        assert all(p != y for p, y in zip(target.predict(out), labels, strict=True))
+        found[refined] = out, sum(size[0] for size in target.sizes), (out - images).flatten(1).norm(dim=1)
+    assert torch.equal(found[None][0], found[8][0])
+    assert found[3][1] < 0.8 * found[None][1]
+    assert found[3][2].mean() <= 1.02 * found[None][2].mean()
 
 
 def test_a_flat_victim_gets_its_clean_images_back(lab):
