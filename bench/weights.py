@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench.errors import WeightsError
 
-__all__ = ["Inert", "Weights", "apply_state", "load_state", "save_safetensors", "sha256_file"]
+__all__ = ["Inert", "Weights", "apply_state", "find", "load_state", "save_safetensors", "sha256_file"]
 
 #: Entries that hold the network in the dictionaries people save, in order of preference.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights", "params_ema", "params", "last")
@@ -69,6 +69,16 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def find(weights: Path, shipped: Path) -> Path:
+    """The file meant by `weights`: the path itself, or, by its bare name, one of the folder `shipped`."""
+    path = weights.expanduser()
+    if not path.exists() and path.name == str(path):
+        for candidate in (shipped / path.name, shipped / f"{path.name}.safetensors"):
+            if candidate.is_file():
+                return candidate
+    return path
 
 
 def sha256_file(path: str | Path) -> str:

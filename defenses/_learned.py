@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.errors import MissingCheckpoint, NotApplicable, PluginError, WeightsError
 from bench.protocols import Defense, Site
 from bench.registry import DEFENSES
-from bench.weights import load_state
+from bench.weights import find, load_state
 from defenses.networks.build import fitting
 from tasks.microbatch import default_size, micro_batches
 
@@ -94,7 +94,7 @@ class Learned(Defense):
         self.meta: dict[str, Any] = {}
         self._path = ""
         if weights is not None:
-            path = find(weights)
+            path = find(weights, SHIPPED)
             loaded = load_state(path, hint=self._how())
             self.network = fitting(loaded, path, self.networks, self.kind)
             self.sha256, self.meta, self._path = loaded.sha256, loaded.meta, str(path)
@@ -208,13 +208,3 @@ class Learned(Defense):
     def _how(self) -> str:
         own = f"python -m bench train --defense {self.kind} --role ROLE --profile PROFILE makes them"
         return f"{self.source}; {own}" if self.source else own
-
-
-def find(weights: Path) -> Path:
-    """The file meant by `weights`: the path itself, or a shipped checkpoint of this name."""
-    path = weights.expanduser()
-    if not path.exists() and path.name == str(path):
-        for shipped in (SHIPPED / path.name, SHIPPED / f"{path.name}.safetensors"):
-            if shipped.is_file():
-                return shipped
-    return path
