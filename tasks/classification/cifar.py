@@ -31,8 +31,8 @@ class Cifar(ModelSource):
     usual repositories are understood (WideResNet: xternalz, TRADES; ResNet and VGG: kuangliu, torchvision's names).
 
     Args:
-        checkpoint: safetensors file, or a state dictionary saved by torch; a bare name is also looked for among the shipped
-            ones.
+        checkpoint: safetensors file, or a state dictionary saved by torch; a bare name is also looked for among
+            the shipped ones.
         arch: `wrn-DEPTH-WIDTH`, `vgg-DEPTH`, `resnet-DEPTH`, or a network of the zoo.
         num_classes: number of logits.
         mean, std: of each channel, in [0,1] units; (0, 0, 0) and (1, 1, 1) for a network on plain pixels.
