@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench.errors import WeightsError
 
-__all__ = ["Inert", "Weights", "apply_state", "load_state", "save_safetensors", "sha256_file"]
+__all__ = ["Inert", "Weights", "apply_state", "find_weights", "load_state", "save_safetensors", "sha256_file"]
 
 #: Entries that hold the network in the dictionaries people save, in order of preference.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights", "params_ema", "params", "last")

@@ -14,11 +14,13 @@ from torch import Tensor
 from bench.errors import GridError, WeightsError
 from bench.protocols import ModelSource
 from bench.registry import MODELS
-from bench.weights import apply_state, load_state, read_meta, sha256_file
+from bench.weights import apply_state, find_weights, load_state, read_meta, sha256_file
 from tasks.classification import cifar_nets
 from tasks.classification.model import LogitsClassifier
 
-__all__ = ["Cifar"]
+__all__ = ["SHIPPED", "Cifar"]
+
+SHIPPED = Path(__file__).parent / "weights"
 
 
 @MODELS.register_module(name="cifar")
@@ -29,7 +31,8 @@ class Cifar(ModelSource):
     usual repositories are understood (WideResNet: xternalz, TRADES; ResNet and VGG: kuangliu, torchvision's names).
 
     Args:
-        checkpoint: safetensors file, or a state dictionary saved by torch.
+        checkpoint: safetensors file, or a state dictionary saved by torch; a bare name is also looked for among
+            the shipped ones.
         arch: `wrn-DEPTH-WIDTH`, `vgg-DEPTH`, `resnet-DEPTH`, or a network of the zoo.
         num_classes: number of logits.
         mean, std: of each channel, in [0,1] units; (0, 0, 0) and (1, 1, 1) for a network on plain pixels.
@@ -51,7 +54,7 @@ class Cifar(ModelSource):
             raise ValueError("mean and std go together")
         if size is not None and size < 1:
             raise ValueError(f"size: {size} is not 1 or more")
-        self.path = Path(checkpoint).expanduser()
+        self.path = find_weights(checkpoint, SHIPPED)
         self.given = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "size": size}
 
     def identity(self) -> dict[str, Any]:

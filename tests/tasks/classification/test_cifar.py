@@ -229,3 +229,16 @@ def test_wrong_checkpoints_are_refused_in_one_line(checkpoint: Path, tmp_path: P
         MODELS.create("cifar", named).load(CPU)
     bare.write_bytes(b"no checkpoint")
     refused(named, "damaged, truncated or no checkpoint")
+
+
+# -- shipped ----------------------------------------------------------------------------------------------------------
+def test_the_shipped_target_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = MODELS.create("cifar", {"checkpoint": "fashion_wrn.safetensors"})
+    assert source.load(CPU).logits(images(size=28)).shape == (2, 10)
+    scores = source.recorded()
+    assert scores["clean"] > 0.9 and scores["pgd20_8/255"] < 0.05
+    # A file of the user's own comes first.
+    (tmp_path / "fashion_wrn.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match=r"fashion_wrn\.safetensors"):
+        MODELS.create("cifar", {"checkpoint": "fashion_wrn.safetensors"}).load(CPU)

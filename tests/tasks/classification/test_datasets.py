@@ -13,6 +13,7 @@ from scipy.io import savemat
 
 from bench.errors import DataError, PluginError
 from bench.registry import DATASETS
+from tests.tasks.classification.fashion import write_fashion
 
 RNG = np.random.default_rng(0)
 
@@ -157,19 +158,8 @@ def test_wrong_svhn(tmp_path, monkeypatch):
 
 
 # -- Fashion-MNIST --------------------------------------------------------------------------------------------------
-def write_fashion(root, count=5):
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images, labels = pixels(count, 28, 28), RNG.integers(0, 10, count).astype(np.uint8)
-    (raw / "t10k-images-idx3-ubyte").write_bytes(
-        struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes()
-    )
-    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.tobytes())
-    return raw, images, labels
-
-
 def test_fashion_mnist(tmp_path):
-    _, images, labels = write_fashion(tmp_path)
+    images, labels = write_fashion(tmp_path)["t10k"]
     dataset = DATASETS.create("fashion_mnist", {"root": str(tmp_path)})
     assert len(dataset) == 5 and [dataset[i].target for i in range(5)] == labels.tolist()
     image = (dataset[3].image * 255).round().numpy()
@@ -177,7 +167,8 @@ def test_fashion_mnist(tmp_path):
 
 
 def test_truncated_fashion_mnist(tmp_path):
-    raw, _, _ = write_fashion(tmp_path)
+    write_fashion(tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw"
     file = raw / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DataError, match=str(raw)):
@@ -188,7 +179,8 @@ def test_truncated_fashion_mnist(tmp_path):
 
 
 def test_wrong_label_of_fashion_mnist(tmp_path):
-    raw, _, labels = write_fashion(tmp_path)
+    _, labels = write_fashion(tmp_path)["t10k"]
+    raw = tmp_path / "FashionMNIST" / "raw"
     (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 5) + bytes([*labels[:4], 10]))
     with pytest.raises(DataError, match=f"{raw} holds labels outside 0..9"):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
