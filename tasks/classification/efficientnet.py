@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bench.errors import WeightsError
 from bench.protocols import ModelSource
@@ -21,6 +23,11 @@ CLASSES = 1000
 #: Pixels by which an image is larger than the crop that is taken from it, in every EfficientNet.
 MARGIN = 32
 _SIZES = {"lite0": 224, "lite1": 240, "lite2": 260}
+#: Names of convolutions, of the network and of its blocks, and of the batch normalisation after each.
+_PAIRS = (
+    ("_conv_stem", "_bn0"), ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"),
+)  # fmt: skip
 
 
 @MODELS.register_module(name="efficientnet")
@@ -64,7 +71,7 @@ class EfficientNetLite(ModelSource):
         apply_state(network, load_state(path).state, what=f"model efficientnet:{self.id}, weights file {path}")
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         return LogitsClassifier(
-            network, CLASSES, mean=mean, std=std, preparation=self._preparation()
+            _fused(network), CLASSES, mean=mean, std=std, preparation=self._preparation()
         ).to(device)
 
     def _file(self) -> Path:
@@ -88,6 +95,18 @@ class EfficientNetLite(ModelSource):
 
         spec = {"resize": size + MARGIN, "interpolation": "bicubic", "crop": [size, size]}
         return Preparation(transform, spec, (size, size))
+
+
+def _fused(network: nn.Module) -> nn.Module:
+    """The frozen network with each normalisation inside the convolution before it: a third faster on a CPU."""
+    network.eval()
+    for module in (network, *network._blocks):
+        for convolution, norm in _PAIRS:
+            if hasattr(module, convolution) and hasattr(module, norm):
+                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, fused)
+                setattr(module, norm, nn.Identity())
+    return network
 
 
 def _package(id: str, module: str, what: str) -> Path:
