@@ -366,7 +366,9 @@ def _imagenet_names() -> list[str]:
 def _walk(root: Path, labels: dict[str, int]) -> list[tuple[str, Path, int]]:
     items = []
     for folder, label in labels.items():
-        paths = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        paths = sorted(
+            p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+        )
         items += [(p.relative_to(root).as_posix(), p, label) for p in paths]
     return items
 
@@ -509,7 +511,7 @@ class ImageNet20(_Files):
 
     @functools.cached_property
     def root(self) -> Path:  # type: ignore[override]
-        """foolbox's folder of images; found without importing it, which takes seconds."""
+        """The folder of images in foolbox; found without importing it, which takes seconds."""
         found = importlib.util.find_spec("foolbox")
         if found is None or found.origin is None:
             raise DataError(

@@ -34,9 +34,9 @@ _PAIRS = (
 class EfficientNetLite(ModelSource):
     """EfficientNet-Lite (Tan and Le 2019; without squeeze and excitation, ReLU6), e.g. `efficientnet:lite0`.
 
-    Images are resized and cropped as its authors do: the shorter side to 256, 272 or 292 (bicubic), the central 224, 240
-    or 260. The networks are convolutional and take other sizes as they come: images that a defense made larger, and the
-    target's images where this one is the source of a transfer.
+    Images are resized and cropped as its authors do: the shorter side to 256, 272 or 292 (bicubic), the central 224,
+    240 or 260. The networks are convolutional and take other sizes as they come: images that a defense made larger, and
+    the target's images where this one is the source of a transfer.
 
     Args:
         id: `lite0`, `lite1` or `lite2`.
@@ -68,7 +68,9 @@ class EfficientNetLite(ModelSource):
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name(f"efficientnet-{self.id}")
-        apply_state(network, load_state(path).state, what=f"model efficientnet:{self.id}, weights file {path}")
+        apply_state(
+            network, load_state(path).state, what=f"model efficientnet:{self.id}, weights file {path}"
+        )
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         return LogitsClassifier(
             _fused(network), CLASSES, mean=mean, std=std, preparation=self._preparation()

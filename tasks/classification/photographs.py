@@ -72,7 +72,9 @@ class Photographs(Dataset):
         photograph = self._reduced(names[index % len(names)])
         scale, x, y = ImageRNG.for_images(("photographs", self.seed), [str(index)]).uniform((3,))[0].tolist()
         window = min(round(self.size * (1 + scale)), *photograph.size)
-        left, top = (int(place * (full - window + 1)) for place, full in zip((x, y), photograph.size, strict=True))
+        left, top = (
+            int(place * (full - window + 1)) for place, full in zip((x, y), photograph.size, strict=True)
+        )
         crop = photograph.resize(
             (self.size, self.size), Image.Resampling.BICUBIC, (left, top, left + window, top + window)
         )
@@ -80,8 +82,16 @@ class Photographs(Dataset):
 
     def fingerprint(self) -> str:
         """Digest of the files and of how they are cropped; of the listed files as the list says, present or not."""
-        files = fingerprint_files((n, self.root / n) for n in self._files) if not self.listed else str(self._files)
+        files = (
+            fingerprint_files((n, self.root / n) for n in self._files)
+            if not self.listed
+            else str(self._files)
+        )
         return hashlib.sha256(f"{files} {self.size} {self.side} {self.seed}".encode()).hexdigest()
+
+    def absent(self) -> list[str]:
+        """Names of the listed photographs that are not there."""
+        return [name for name in self._files if not (self.root / name).is_file()]
 
     @functools.cached_property
     def _files(self) -> Mapping[str, str]:

