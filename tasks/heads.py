@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import padding
 
 from bench.errors import GridError, NotApplicable
 from bench.protocols import TargetModel
@@ -264,8 +265,10 @@ def stage_ends(network: nn.Module, run: Callable[[], object]) -> list[str]:
         NotApplicable: no module returns maps.
     """
     last: dict[tuple[int, ...], str] = {}
+    modules = dict(network.named_modules())
     for name, out in maps_of(network, run):
-        if out.shape[-1] > 1:
+        # Padding that is a module of its own, as in EfficientNets, would make sizes that are no stages.
+        if out.shape[-1] > 1 and type(modules[name]).__module__ != padding.__name__:
             last[tuple(out.shape[-2:])] = name
     if not last:
         raise NotApplicable("the network has no layer that returns maps")

