@@ -17,6 +17,7 @@ they are validated, completed with their defaults and recorded in every result r
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -121,7 +122,7 @@ class PluginRegistry(Registry, Generic[T]):  # type: ignore[misc]
 
     def parameters(self, name: str) -> list[Parameter]:
         """The parameters of plug-in `name` with annotations and defaults."""
-        schema = parameter_model(self.resolve(name))
+        schema = parameter_model(self.resolve(name))  # type: ignore[arg-type]
         return [
             Parameter(
                 field_name,
@@ -140,7 +141,7 @@ class PluginRegistry(Registry, Generic[T]):  # type: ignore[misc]
         """
         cls = self.resolve(name, where)
         at = f"{where}: " if where else ""
-        schema = parameter_model(cls)
+        schema = parameter_model(cls)  # type: ignore[arg-type]
         for key in params:
             if key not in schema.model_fields:
                 raise PluginError(
@@ -238,6 +239,7 @@ def load_entry_points() -> None:
             ) from error
 
 
+@functools.cache
 def parameter_model(cls: type) -> type[BaseModel]:
     """A pydantic model of a plug-in's constructor arguments.
 

@@ -73,8 +73,9 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
 def ours(target: TargetModel, name: str, params: dict[str, Any], start: int = 0) -> Run:
     """An attack of this project behind its oracle; `start` seeds what it draws."""
 
+    attack = ATTACKS.create(name, params)
+
     def run(images: Tensor, labels: Tensor) -> Tensor:
-        attack = ATTACKS.create(name, params)
         rng = ImageRNG.for_images(f"contest{start or ''}", map(str, range(len(images))))
         oracle = ModelOracle(Victim((target,)), attack, rng.fork("oracle"))
         return attack.run(oracle, images, labels.tolist(), rng.fork("attack"))
