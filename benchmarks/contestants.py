@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,10 @@ def torchattacks(
     """An attack of torchattacks."""
     import torchattacks as ta
 
-    attack = getattr(ta, name)(network, **arguments)
+    cls = getattr(ta, name)
+    # Those with a seed of their own would begin at the same place every time.
+    seeded = {"seed": torch.initial_seed()} if "seed" in inspect.signature(cls).parameters else {}
+    attack = cls(network, **seeded, **arguments)
     if goal:
         attack.set_mode_targeted_by_label(quiet=True)
     return attack  # type: ignore[no-any-return]
@@ -165,7 +169,8 @@ def pyautoattack(
     from pyautoattack import autopgd_base, square
 
     cls = getattr(square if name == "SquareAttack" else autopgd_base, name)
-    return cls(network, eps=eps, device="cpu", **arguments).perturb  # type: ignore[no-any-return]
+    attack = cls(network, eps=eps, device="cpu", seed=torch.initial_seed(), **arguments)
+    return attack.perturb  # type: ignore[no-any-return]
 
 
 LIBRARIES = {
