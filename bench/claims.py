@@ -12,6 +12,7 @@ fails when one of them fails, and there the level is corrected for their number 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from bench.errors import GridError, unknown
+from bench.errors import GridError, MissingCheckpoint, unknown
 from bench.paper import PAPERS, ROOT, frame_metric, values
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from bench.plan import Plan
     from bench.store import Store
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "VERDICTS",
@@ -772,7 +775,15 @@ def _results(
     from bench.grid import GRIDS
 
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
-    opened = [_open(_options(path, profile, seed, limit, plugin, store), store) for path in chosen]
+    opened = []
+    for path in chosen:
+        try:
+            opened.append(_open(_options(path, profile, seed, limit, plugin, store), store))
+        except MissingCheckpoint as error:
+            if grids:
+                raise
+            # Nothing of it can have run as it stands.
+            logger.warning("left out %s: it lacks %d trained checkpoints", path.name, len(error.trainings))
     frames = [cell_frame(plan, found) for plan, found in opened]
     plain = [frame.astype(dict.fromkeys(frame.select_dtypes("category"), object)) for frame in frames]
     return pd.concat(plain, ignore_index=True) if plain else pd.DataFrame(columns=COLUMNS), Rows(opened)

@@ -528,3 +528,21 @@ def test_rendering() -> None:
     with pytest.raises(GridError, match="unknown format 'markdow': did you mean 'markdown'"):
         render_claims(result, "markdow")
     assert set(result["verdict"]) <= set(VERDICTS)
+
+
+def test_grids_that_lack_checkpoints_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any
+) -> None:
+    """Of the papers' grids those count that can have run; one that is asked for by name has to be there."""
+    lacking = tmp_path / "papers" / "lacking.yaml"
+    lacking.parent.mkdir()
+    block = "{roles: [wideresnet], defenses: [{name: cafd, train_seed: 9}], attacks: [fgsm], threats: [oblivious]}"
+    lacking.write_text(
+        f"name: lacking\nprofile: mini\nattacks: {{fgsm: fgsm}}\nblocks: [{block}]\n", encoding="utf-8"
+    )
+    monkeypatch.setattr("bench.grid.GRIDS", tmp_path)
+    command = ("claims", "--paper", "cafd", "--store", str(tmp_path / "store"))
+    code, out, err = bench(*command)
+    assert code == 0 and "not run" in out and "left out lacking.yaml: it lacks 1 trained checkpoints" in err
+    code, _, err = bench(*command, "--grid", str(lacking))
+    assert code == 2 and "has no checkpoint cafd-mini-wideresnet-s9" in err
