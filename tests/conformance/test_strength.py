@@ -7,6 +7,8 @@ import pytest
 from benchmarks.attack_strength import cases, compare, digits, victim
 
 CASES = {case.label: case for case in cases(steps=10)}
+# Another algorithm under the name: its step halves at every other checkpoint at least (docs/attack_strength.md).
+OTHER = {("apgd on ce, 10 steps", "adv_lib")}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def mini():
     "label", ["bim, 10 steps", "mi_fgsm, 10 steps", "pgd, 10 steps", "apgd on ce, 10 steps"]
 )
 def test_not_weaker(mini, label):
-    rows = list(compare(CASES[label], *mini, starts=3))
+    rows = [row for row in compare(CASES[label], *mini, starts=3) if (label, row.library) not in OTHER]
     assert rows, "foolbox or pyautoattack is always there"
     for row in rows:
         assert row.points >= -1 or row.verdict == "within chance", row
