@@ -13,7 +13,7 @@ from torch import Tensor
 from attacks.adaptive import Ascent
 from attacks.iterative import Radius, Steps, _Best, _Climb
 from attacks.projections import Projection, make_projection
-from attacks.scores import Watched, as_labels, score
+from attacks.scores import Stop, Watched, as_labels, score
 from attacks.steps import STEPS, l2
 from bench.errors import NotApplicable
 from bench.protocols import Attack, Gradient, ImageRNG, Oracle
@@ -63,7 +63,7 @@ class APGD(Attack):
         momentum: Annotated[float, Field(gt=0, le=1)] = 0.75,
         target: str | None = None,
         failed: Literal["best", "clean"] = "best",
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         if target is not None and loss == "dlr_targeted":
             raise ValueError(
@@ -75,7 +75,7 @@ class APGD(Attack):
         self._eps, self._norm = float(eps), norm
         self.steps, self.restarts, self.classes = steps, restarts, classes
         self.rho, self.momentum = rho, momentum
-        self.failed, self.stop_when_fooled = failed, stop_when_fooled
+        self.failed, self.stop_when_fooled = failed, stop_when_fooled is not False
         self.monotone = restarts == 1 and loss != "dlr_targeted"
         self.returns_clean = failed == "clean"
 

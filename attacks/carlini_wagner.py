@@ -7,9 +7,10 @@ a step size mean by C&W in the L-infinity norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from attacks.iterative import Iterative, Steps
 from attacks.minimal import Closest, MinimalNorm, Working, keep, lengths, look, per_image
+from attacks.scores import Stop
 from bench.protocols import ImageRNG, Pixels
 from bench.registry import ATTACKS
 
@@ -111,6 +113,8 @@ class CWL2(MinimalNorm):
 
     version = 2
 
+    added: ClassVar[Mapping[str, Any]] = {"refined": None}
+
     def __init__(
         self,
         steps: Steps = 1000,
@@ -125,13 +129,6 @@ class CWL2(MinimalNorm):
         self.steps, self.binary_search_steps = steps, binary_search_steps
         self.initial_c, self.lr, self.kappa = initial_c, lr, kappa
         self.abort_early, self.refined, self.target = abort_early, refined, target
-
-    def identity(self) -> dict[str, Any]:
-        """Name and parameters; `refined` only where it is given: what was stored before it existed stays valid."""
-        identity = super().identity()
-        if self.refined is None:
-            identity["params"].pop("refined", None)
-        return identity
 
     def passes(self) -> int:
         return self.steps * self.binary_search_steps
@@ -339,7 +336,7 @@ class CWPGD(Iterative):
         kappa: float | None = 50.0,
         start: Literal["none", "uniform"] = "none",
         target: str | None = None,
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         super().__init__(
             loss="margin",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attacks.objectives import BoundLoss, make_loss
 from attacks.projections import Projection, make_projection
+from attacks.scores import Stop
 from attacks.starts import StartKind, start
 from attacks.steps import STEPS, finite
 from attacks.transforms import (
@@ -112,6 +113,7 @@ class Iterative(Attack):
         best_by: what is better for `return_best` and `restarts`: a larger `loss`, or `fooled` first and then the loss.
         stop_when_fooled: images leave the batch once the victim misclassifies them (reaches the target). Saves time
             where attack and evaluation share one pipeline; leave it off for images that another pipeline will see.
+            None = as that demands.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Iterative(Attack):
         labels: Literal["true", "predicted"] = "true",
         return_best: bool = False,
         best_by: Literal["loss", "fooled"] = "loss",
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         self.loss = make_loss(loss, kappa)
         self.monotone = restarts == 1
@@ -167,7 +169,8 @@ class Iterative(Attack):
             self.transforms.append(Momentum(momentum, momentum_norm))
         self.diversity = InputDiversity(di_prob, di_ratio, di_canvas) if di_prob > 0 else None
         self.labels = labels
-        self.return_best, self.best_by, self.stop_when_fooled = return_best, best_by, stop_when_fooled
+        self.return_best, self.best_by = return_best, best_by
+        self.stop_when_fooled = stop_when_fooled is not False
         self.stochastic = start != "none" or self.diversity is not None
         # Without a choice to make, the last iterate is the answer and its loss need not be known.
         self._compares = return_best or restarts > 1
@@ -175,7 +178,7 @@ class Iterative(Attack):
             raise ValueError("restarts need a random start")
         if self._compares and self.diversity is not None:
             raise ValueError("restarts and return_best compare losses, which input diversity makes random")
-        decides = stop_when_fooled or labels == "predicted" or (self._compares and best_by == "fooled")
+        decides = self.stop_when_fooled or labels == "predicted" or (self._compares and best_by == "fooled")
         needs: set[Needs] = {"gradient", *self.loss.needs}
         # What an attack asks for depends on its parameters, hence on the instance.
         self.needs = frozenset(needs | {"decision"} if decides else needs)

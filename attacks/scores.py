@@ -12,6 +12,11 @@ from torch.nn import functional as F
 
 from bench.protocols import Oracle
 
+Stop = bool | None
+"""Whether a fooled image leaves its attack. None leaves that to the harness: it may where the victim is the very
+pipeline that will be evaluated and draws nothing, and never where another one will see the image too. Without a harness
+it may."""
+
 
 def as_labels(targets: Sequence[Any], device: torch.device) -> Tensor:
     """Class labels as an integer tensor (B,) on `device`."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from attacks.iterative import Iterative, Radius, Steps
+from attacks.scores import Stop
 from bench.protocols import Pixels
 from bench.registry import ATTACKS
 
@@ -97,7 +98,7 @@ class BIM(Iterative):
         labels: Literal["true", "predicted"] = "true",
         target: str | None = None,
         return_best: bool = False,
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -148,7 +149,7 @@ class PGD(Iterative):
         best_by: Literal["loss", "fooled"] = "loss",
         target: str | None = None,
         return_best: bool = False,
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         super().__init__(
             loss=loss,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.iterative import Factor, Steps
-from attacks.scores import Watched, as_labels, margin
+from attacks.scores import Stop, Watched, as_labels, margin
 from attacks.steps import finite
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -58,11 +58,11 @@ class StAdv(Attack):
         optimizer: Literal["adam", "lbfgs"] = "adam",
         lr: Annotated[float, Field(gt=0)] = 0.05,
         target: str | None = None,
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         self.steps, self.tau, self.searches, self.kappa = steps, tau, searches, kappa
         self.optimizer, self.lr, self.target = optimizer, lr, target
-        self.stop_when_fooled = stop_when_fooled
+        self.stop_when_fooled = stop_when_fooled is not False
 
     def passes(self) -> int:
         return self.searches * (self.steps + 1)

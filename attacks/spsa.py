@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attacks.iterative import Factor, Steps
 from attacks.projections import make_projection
-from attacks.scores import as_labels, fooled, score
+from attacks.scores import Stop, as_labels, fooled, score
 from attacks.steps import sign
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
@@ -37,12 +37,12 @@ class _Estimated(Attack):
         steps: int,
         loss: str,
         target: str | None,
-        stop: bool,
+        stop: Stop,
     ) -> None:
         self.eps, self.target = eps, target
         self._eps, self._delta = float(eps), float(delta)
         self.samples, self.steps = samples, steps
-        self.loss, self.stop_when_fooled = loss, stop
+        self.loss, self.stop_when_fooled = loss, stop is not False
 
     def _directions(self, rng: ImageRNG, count: int, images: Tensor) -> Tensor:
         """Random directions, (B, count, 3, H, W)."""
@@ -121,7 +121,7 @@ class SPSA(_Estimated):
         lr: Adam's learning rate.
         loss: what is increased: `margin` (the paper's), or `ce`.
         target: rule for a wrong target to reach; None = untargeted.
-        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see.
+        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see; None = off for those.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class SPSA(_Estimated):
         lr: Pixels = Fraction(1, 100),
         loss: Literal["margin", "ce"] = "margin",
         target: str | None = None,
-        stop_when_fooled: bool = True,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(eps, delta, samples, steps, loss, target, stop_when_fooled)
         self._lr = float(lr)
@@ -164,7 +164,7 @@ class NES(_Estimated):
         decay: weight of the last direction, as in momentum.
         loss: what is increased: `ce` (the paper's), or `margin`.
         target: rule for a wrong target to reach; None = untargeted.
-        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see.
+        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see; None = off for those.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class NES(_Estimated):
         decay: Factor = 0.9,
         loss: Literal["margin", "ce"] = "ce",
         target: str | None = None,
-        stop_when_fooled: bool = True,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(eps, sigma, samples, steps, loss, target, stop_when_fooled)
         self._alpha, self._decay = float(alpha), decay

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks.iterative import Radius
 from attacks.projections import make_projection
-from attacks.scores import as_labels, fooled, score
+from attacks.scores import Stop, as_labels, fooled, score
 from attacks.steps import norms
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -32,7 +32,7 @@ class Square(Attack):
     Linf starts from random vertical stripes of +-eps and moves squares by +-2 eps per channel; L2 starts from a grid
     of bumps and moves the mass of one square into another. With a stochastic defense every query is a fresh draw.
 
-    An image that is fooled stops there; one that never is comes back at its largest loss.
+    An image comes back as its first success, or, where that does not stop it, at its largest loss.
 
     Args:
         norm: linf or l2.
@@ -43,7 +43,7 @@ class Square(Attack):
             as AutoAttack.
         loss: what is increased: `margin`, or `ce`.
         target: rule for a wrong target to reach; None = untargeted.
-        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see.
+        stop_when_fooled: off = go on raising the loss, for images that another pipeline will see; None = off for those.
     """
 
     tasks = frozenset({"classification"})
@@ -59,14 +59,14 @@ class Square(Attack):
         rescale: bool = True,
         loss: Literal["margin", "ce"] = "margin",
         target: str | None = None,
-        stop_when_fooled: bool = True,
+        stop_when_fooled: Stop = None,
     ) -> None:
         if norm == "linf" and eps > 1:
             raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
         self.norm, self.eps, self.target = norm, eps, target
         self._l2, self._eps = norm == "l2", float(eps)
         self.queries, self.p, self.rescale = queries, p, rescale
-        self.loss, self.stop_when_fooled = loss, stop_when_fooled
+        self.loss, self.stop_when_fooled = loss, stop_when_fooled is not False
 
     def passes(self) -> int:
         """In units of a forward and a backward pass; queries are forward passes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.iterative import KernelSize, Steps
-from attacks.scores import Watched, as_labels, score
+from attacks.scores import Stop, Watched, as_labels, score
 from attacks.steps import finite
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -59,11 +59,12 @@ class FWA(Attack):
         bisections: Annotated[int, Field(ge=1)] = 25,
         loss: Literal["ce", "margin", "dlr"] = "ce",
         target: str | None = None,
-        stop_when_fooled: bool = False,
+        stop_when_fooled: Stop = False,
     ) -> None:
         self.radius, self.steps, self.window = radius, steps, window
         self.gamma, self.bisections = gamma, bisections
-        self.loss, self.target, self.stop_when_fooled = loss, target, stop_when_fooled
+        self.loss, self.target = loss, target
+        self.stop_when_fooled = stop_when_fooled is not False
 
     def passes(self) -> int:
         return self.steps + 1

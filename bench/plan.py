@@ -378,6 +378,9 @@ class _Planner:
         if attack is not None and threat is not None:
             level = threat.level
             level_label = self._level_label(threat, where)
+            attack = _settled(
+                attack, level in ("bpda", "white_box") and not _bare(defense) and not defense.stochastic
+            )
             if skip is None:
                 try:
                     craft = self._craft(target, original, defense, attack, threat, where)
@@ -458,7 +461,7 @@ class _Planner:
             mode = "exact"
         elif threat.level in ("bpda", "white_box"):
             behind, mode = defense, "exact" if threat.level == "white_box" else "bpda"
-        if behind is not None and behind.identity().get("name") == "none":
+        if behind is not None and _bare(behind):
             behind, mode = None, "none"
         if (
             mode == "exact"
@@ -488,6 +491,23 @@ class _Planner:
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def _bare(defense: Defense) -> bool:
+    """Whether it is no defense."""
+    return defense.identity().get("name") == "none"
+
+
+def _settled(attack: Attack, shared: bool) -> Attack:
+    """The attack with `stop_when_fooled` decided where the grid leaves it open.
+
+    Args:
+        shared: its images will be seen by the pipeline that it attacks, with the same draws, and by no other.
+    """
+    if attack.params.get("stop_when_fooled", False) is not None:
+        return attack
+    settled: Attack = ATTACKS.create(attack.name, {**attack.params, "stop_when_fooled": shared})
+    return settled
 
 
 def _told(defense: Defense) -> dict[str, Any]:

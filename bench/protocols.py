@@ -474,6 +474,10 @@ class Oracle(Protocol):
         """Value and gradient of `objective` at `images`, averaged over EOT draws where something is stochastic."""
         ...
 
+    def value(self, images: Tensor, objective: Objective) -> Tensor:
+        """The value alone, averaged in the same way, without a backward pass."""
+        ...
+
     def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:
         """The target's loss (B,), differentiable. Inside an objective only `images` it was given may be passed."""
         ...
@@ -506,6 +510,8 @@ class Attack(ABC):
             for small perturbations.
         returns_clean: an image it fails on comes back unchanged.
         version: raise it when the output changes for the same parameters.
+        added: parameters that came later, with the value at which the output is what it was without them: there they
+            stay out of keys, and what was stored before stays valid.
     """
 
     name: str = ""
@@ -519,6 +525,7 @@ class Attack(ABC):
     monotone: bool = True
     returns_clean: bool = False
     version: ClassVar[int] = 1
+    added: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
@@ -533,7 +540,8 @@ class Attack(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What the attack is, for keys and rows."""
-        return {"name": self.name, "params": dict(self.params), "version": self.version}
+        params = {k: v for k, v in self.params.items() if k not in self.added or v != self.added[k]}
+        return {"name": self.name, "params": params, "version": self.version}
 
     def passes(self) -> int:
         """Forward-backward passes per image of one run (without EOT), for the time estimate."""

@@ -15,7 +15,8 @@ Athalye et al. 2018). Evaluation always goes through the full defended pipeline,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,28 +148,18 @@ class ModelOracle:
     def gradient(self, images: Tensor, objective: Objective) -> Gradient:
         """Value (B,) and gradient of `objective`, averaged over EOT draws where the defense is stochastic."""
         self._allow("gradient")
-        stochastic = self.victim.defense is not None and self.victim.defense.stochastic
-        draws = self.victim.eot if stochastic else 1
         call = self._next_call()
         value = torch.zeros(len(images), device=images.device)
         grad = torch.zeros_like(images)
-        for draw in range(draws):
-            self._draw = self._rng.fork("draw", call, draw)
-            try:
-                with torch.enable_grad():
-                    x = images.detach().clone().requires_grad_(True)
-                    values = objective(self, x)
-                    if values.shape != (len(images),):
-                        raise ValueError(
-                            f"an objective must return one value per image, got shape {tuple(values.shape)}"
-                        )
-                    # A sum: each image's gradient is its own, whatever the batch.
-                    (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
-            finally:
-                self._draw = None
-            value += values.detach().float() / draws
+        for draw in range(self._draws):
+            with self._drawing(call, draw), torch.enable_grad():
+                x = images.detach().clone().requires_grad_(True)
+                values = _per_image(objective(self, x), images)
+                # A sum: each image's gradient is its own, whatever the batch.
+                (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+            value += values.detach().float() / self._draws
             if g is not None:
-                grad += g / draws
+                grad += g / self._draws
             for trace in self.traces:
                 trace.backwards += 1
         flat = grad.flatten(1)
@@ -183,6 +174,15 @@ class ModelOracle:
         ):
             trace.add(v, z, f, m)
         return Gradient(value, grad)
+
+    def value(self, images: Tensor, objective: Objective) -> Tensor:
+        """Value (B,) of `objective`, averaged as `gradient` does, for the price of the forward pass."""
+        call = self._next_call()
+        value = torch.zeros(len(images), device=images.device)
+        for draw in range(self._draws):
+            with self._drawing(call, draw), torch.no_grad():
+                value += _per_image(objective(self, images), images).float() / self._draws
+        return value
 
     def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:
         """The victim's loss (B,), differentiable to the pixels."""
@@ -227,6 +227,21 @@ class ModelOracle:
                 f"but declares needs = {sorted(self.attack.needs)}"
             )
 
+    @property
+    def _draws(self) -> int:
+        """Over how many draws of the defense an objective is averaged."""
+        stochastic = self.victim.defense is not None and self.victim.defense.stochastic
+        return self.victim.eot if stochastic else 1
+
+    @contextmanager
+    def _drawing(self, call: int, draw: int) -> Iterator[None]:
+        """Passes inside belong to one EOT draw."""
+        self._draw = self._rng.fork("draw", call, draw)
+        try:
+            yield
+        finally:
+            self._draw = None
+
     def _next_call(self) -> int:
         self._calls += 1
         return self._calls
@@ -261,3 +276,10 @@ class ModelOracle:
         draws = rng.fork("defense")
         out = bpda(defense, pixels, draws) if self.victim.mode == "bpda" else defense.purify(pixels, draws)
         return out.images, geometry.then(out.geometry), rng
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    """What an objective returned, if it is one value per image."""
+    if values.shape != (len(images),):
+        raise ValueError(f"an objective must return one value per image, got shape {tuple(values.shape)}")
+    return values

@@ -98,7 +98,9 @@ def cases() -> list[Case]:
         ),
         Case("ddn, 100 steps", ("ddn", {"levels": None}), ddn),
         Case(
-            "ddn, 44 steps + refine 5, against 100", ("ddn", {"steps": 44, "refine": 5, "levels": None}), ddn
+            "ddn, 44 steps + 10 halvings, against 100",
+            ("ddn", {"steps": 44, "refine": 10, "gamma": 0.08, "initial_norm": 0.4, "levels": None}),
+            ddn,
         ),
         Case("deepfool", ("deepfool", {}), deepfool),
         Case("deepfool, 4 candidates, against all", ("deepfool", {"candidates": 4}), deepfool),

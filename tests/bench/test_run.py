@@ -99,6 +99,22 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
 
 
+def test_fooled_images_leave_only_where_they_are_judged(grid: Path) -> None:
+    """Images that another pipeline will see, or the same one with other draws, run their full course."""
+    attacks = {"open": {"name": "square", "queries": 9}, "stop": {"name": "square", "stop_when_fooled": True}}
+    block = {**BLOCK, "attacks": [*attacks], "defenses": ["none", "random", "jpeg"]}
+    grid.write_text(yaml.safe_dump({**GRID, "attacks": attacks, "blocks": [block]}))
+    stops = {
+        (c.defense_label, c.level, c.attack_label): c.craft.payload["attack"]["params"]["stop_when_fooled"]
+        for c in make_plan(Options(grid)).cells
+        if c.craft
+    }
+    assert {key for key, stop in stops.items() if stop and key[2] == "open"} == {
+        ("jpeg", "bpda", "open"), ("jpeg", "white_box", "open")
+    }  # fmt: skip
+    assert all(stop for key, stop in stops.items() if key[2] == "stop")
+
+
 @pytest.mark.parametrize("images", [{"classification": 4, "twin": 9}, {"classification": 9, "twin": 4}])
 def test_roles_that_share_cells_get_all_the_images_they_ask_for(
     bench: Run, grid: Path, images: dict[str, int]

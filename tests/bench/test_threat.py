@@ -162,3 +162,15 @@ def test_no_true_gradient_through_a_nondifferentiable_defense() -> None:
 def test_an_objective_must_be_per_image() -> None:
     with pytest.raises(ValueError, match="one value per image"):
         oracle(Victim((Linear(),))).gradient(X, lambda view, v: view.loss(v, [0, 1], "ce").mean())
+
+
+def test_a_value_is_that_of_the_gradient_without_its_backward_pass() -> None:
+    def objective(oracle: Any, images: Tensor) -> Tensor:
+        return oracle.loss(images, [0, 1], "ce")
+
+    victim = Victim((Linear(),), Flip(), "exact", eot=3)
+    both, alone = oracle(victim), oracle(victim)
+    assert torch.equal(both.gradient(X, objective).value, alone.value(X, objective))
+    assert [(t.forwards, t.backwards, t.steps) for t in alone.traces] == [(3, 0, 0)] * 2
+    with pytest.raises(ValueError, match="one value per image"):
+        alone.value(X, lambda o, v: objective(o, v).sum())
