@@ -456,7 +456,8 @@ class Trainer(Loop):
         return self._descend("critic", self.critic, terms)
 
     def _purify(self, images: Tensor) -> Tensor:
-        return self.network(self._inner(images)) * self.std + self.mean
+        purified = self.network(self._inner(images)) * self.std + self.mean
+        return purified if not self.recipe.clamp else purified + (purified.clamp(0, 1) - purified).detach()
 
     def _inner(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std

@@ -49,6 +49,9 @@ class Recipe:
         linear_decay: epochs at the end over which the learning rate falls to 0 in a line.
         reset_moments: Adam starts anew in every epoch, as CAFD's code makes it.
         flip: horizontal flips, half of the time (classification).
+        clamp: losses see purified images as the target will, clamped to [0,1] (gradients pass straight through). Not in
+            the papers. Without it nothing but pixel losses keeps a purifier in the range, and features that
+            were right beyond it are lost when it is evaluated.
         tasks: tasks whose targets can guide it; None = all.
         seed: of initial weights, order, flips and attacks.
     """
@@ -74,6 +77,7 @@ class Recipe:
     linear_decay: int = 0
     reset_moments: bool = False
     flip: bool = False
+    clamp: bool = False
     tasks: tuple[str, ...] | None = None
     seed: int = 0
 
@@ -101,6 +105,8 @@ class Recipe:
         own = asdict(self)
         del own["attacks"], own["static"]  # `adversary` says the same with all defaults filled in
         del own["tasks"]
+        if not self.clamp:
+            del own["clamp"]  # as before it existed, so that those checkpoints stay valid
         return {
             "kind": "training", "version": VERSION, "recipe": own,
             "target": target, "data": data, "adversary": adversary,

@@ -473,3 +473,17 @@ def test_clean_share_and_flips(samples, target):
         for k in range(9)
     ]
     assert any(not torch.equal(m, batch.images) for m in many)
+
+
+def test_clamped_losses_see_what_the_target_will(samples, target):
+    """What leaves [0,1] is clamped where a recipe says so, and its gradient passes; keys without it are as they were."""
+    images = torch.stack([sample.image for sample in samples[:2]])
+    for clamp in (False, True):
+        t = trainer("hgd", samples, target, changes={"clamp": clamp})
+        with torch.no_grad():
+            t.network.last.weight.mul_(1e4)
+        purified = t._purify(images)
+        assert bool((purified.amin() < 0) & (purified.amax() > 1)) != clamp
+        (grad,) = torch.autograd.grad(purified.sum(), t.network.last.weight)
+        assert grad.abs().amax() > 0
+        assert ("clamp" in t.recipe.payload(None, None, None)["recipe"]) == clamp
