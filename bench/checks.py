@@ -482,9 +482,9 @@ def craft_findings(
     def share(holds: Callable[[Mapping[str, Any]], bool], among: Sequence[int] = live) -> float:
         return sum(holds(infos[i]) for i in among) / len(live)
 
+    right = live if scores is None else [i for i in live if scores[i] > 0.01]
     if by_gradient(attack):
         # An image that is fooled may have no gradient left: hinges and masked objectives are done with it.
-        right = live if scores is None else [i for i in live if scores[i] > 0.01]
         first = share(lambda i: bool(i["first_zero"]), right)
         most = share(lambda i: i["steps"] > 0 and i["zero"] / i["steps"] > 0.5, right)
         last = share(lambda i: bool(i["last_zero"]), right) if scores is not None and attack.monotone else 0.0
@@ -508,7 +508,9 @@ def craft_findings(
         if attack.monotone:
             found.extend(_climb(share))
     if attack.eps is not None and not attack.returns_clean:
-        same = share(lambda i: i["linf"] == 0)
+        # One that stops at a success has nothing to do where the pipeline is wrong already.
+        stops = bool(attack.params.get("stop_when_fooled"))
+        same = share(lambda i: i["linf"] == 0, right if stops else live)
         if same > 0.01:
             found.append(Finding("unchanged", f"{_percent(same)} of the images"))
     return found

@@ -77,6 +77,10 @@ def test_only_attacks_that_keep_failures_are_flagged_as_unchanged() -> None:
     assert flags("bim", infos) == {"unchanged"}
     assert flags("apgd", infos) == {"unchanged"}
     assert flags("apgd", infos, params={"failed": "clean"}) == set()
+    still, wrong = [trace(linf=0.0), *[trace(1.0)] * 9], [0.0] * 10
+    assert flags("square", still, params={"stop_when_fooled": True}, scores=wrong) == set()
+    assert flags("square", still, params={"stop_when_fooled": True}, scores=[1.0] * 10) == {"unchanged"}
+    assert flags("square", still, params={"stop_when_fooled": False}, scores=wrong) == {"unchanged"}
 
 
 def test_a_falling_objective_is_flagged_unless_the_attack_declares_it() -> None:
