@@ -476,7 +476,7 @@ def test_clean_share_and_flips(samples, target):
 
 
 def test_clamped_losses_see_what_the_target_will(samples, target):
-    """What leaves [0,1] is clamped where a recipe says so, and its gradient passes; keys without it are as they were."""
+    """What leaves [0,1] is clamped where a recipe says so, and its gradient passes; other keys stay."""
     images = torch.stack([sample.image for sample in samples[:2]])
     for clamp in (False, True):
         t = trainer("hgd", samples, target, changes={"clamp": clamp})
