@@ -378,10 +378,9 @@ class _Planner:
         if attack is not None and threat is not None:
             level = threat.level
             level_label = self._level_label(threat, where)
-            attack = _settled(
-                attack, level in ("bpda", "white_box") and not _bare(defense) and not defense.stochastic
-            )
             if skip is None:
+                judged_here = level in ("bpda", "white_box") and not _bare(defense)
+                attack = _settled(attack, judged_here and not defense.stochastic)
                 try:
                     craft = self._craft(target, original, defense, attack, threat, where)
                 except NotApplicable as reason:
