@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,18 +20,26 @@ from bench.protocols import Attack, ImageRNG, Oracle, Pixels, Warped
 from bench.registry import ATTACKS
 from tasks import heads
 
+if TYPE_CHECKING:
+    from bench.threat import Victim
+
 
 # -- layers -------------------------------------------------------------------------------------------------------
-def network_of(oracle: Oracle) -> nn.Module:
-    """The (first) network behind the oracle: activations are white-box access, like its gradients.
+def victim_of(oracle: Oracle) -> Victim:
+    """The models behind the oracle: what is inside of them is white-box access, like their gradients.
 
     Raises:
         NotApplicable: this oracle does not show it.
     """
-    victim = getattr(oracle, "victim", None)
+    victim: Victim | None = getattr(oracle, "victim", None)
     if victim is None:
-        raise NotApplicable("the attack needs the victim's activations")
-    model: nn.Module = victim.models[0]
+        raise NotApplicable("the attack looks into its victim, which is not shown here")
+    return victim
+
+
+def network_of(oracle: Oracle) -> nn.Module:
+    """The (first) network behind the oracle; see `victim_of`."""
+    model = victim_of(oracle).models[0]
     return getattr(model, "network", model)
 
 

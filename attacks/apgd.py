@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attacks.adaptive import Ascent
 from attacks.iterative import Radius, Steps, _Best, _Climb
-from attacks.projections import Projection, make_projection
+from attacks.projections import Projection, check_radius, make_projection
 from attacks.scores import Stop, Watched, as_labels, score
 from attacks.steps import STEPS, l2
 from bench.errors import NotApplicable
@@ -69,8 +69,7 @@ class APGD(Attack):
             raise ValueError(
                 "loss 'dlr_targeted' picks its targets itself: use ce, dlr or margin with a target rule"
             )
-        if norm == "linf" and eps > 1:
-            raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
+        check_radius(norm, eps)
         self.loss, self.norm, self.eps, self.target = loss, norm, eps, target
         self._eps, self._norm = float(eps), norm
         self.steps, self.restarts, self.classes = steps, restarts, classes

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.iterative import Radius, Steps
-from attacks.projections import make_projection
+from attacks.projections import check_radius, make_projection
 from attacks.scores import as_labels
 from attacks.wrapped import OracleModel, contained
 from bench.errors import NotApplicable
@@ -76,8 +76,7 @@ class AutoAttack(Attack):
         failed: Literal["clean", "best"] = "clean",
         group: Annotated[int, Field(ge=1)] = 1,
     ) -> None:
-        if norm == "linf" and eps > 1:
-            raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
+        check_radius(norm, eps)
         if attacks is not None and not attacks:
             raise ValueError("attacks: the list is empty; leave it out for the version's own")
         self.version_name, self.norm, self.eps = version, norm, eps

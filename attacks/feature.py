@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.activations import victim_of
 from attacks.iterative import Iterative, Steps, _Climb
 from attacks.objectives import BoundLoss, Loss
 from bench.errors import NotApplicable
-from bench.protocols import Attack, ImageRNG, Oracle, Pixels, TargetModel, Warped
+from bench.protocols import Attack, ImageRNG, Oracle, Pixels, Warped
 from bench.registry import ATTACKS
 from bench.weights import sha256_file
 from tasks.heads import class_rows, final_linear, last_convolution, last_maps, named_layer
@@ -44,7 +45,7 @@ class FeatureDistance(Loss):
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective, with its layer found in the victim."""
-        named = FeatureDistance(named_layer(_model(oracle), images, self.layer), self.distance)
+        named = FeatureDistance(named_layer(victim_of(oracle).models[0], images, self.layer), self.distance)
         return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class ClassActivationDistance(Loss):
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective, with its layer found in the victim."""
-        model = _model(oracle)
+        model = victim_of(oracle).models[0]
         found = self.layer
         if found is None:
             found = last_maps(model, images)
@@ -141,7 +142,7 @@ class ClassActivationDistance(Loss):
         return gap.square().mean(1) if self.mode == "code" else (gap.square().sum(1) + 1e-12).sqrt()
 
     def _phi(self, oracle: Oracle, images: Tensor) -> Tensor:
-        linear, layer = final_linear(_model(oracle)), self.layer
+        linear, layer = final_linear(victim_of(oracle).models[0]), self.layer
         assert layer is not None
         maps = oracle.features(images, layer)
         if maps.ndim != 4 or maps.shape[1] != linear.weight.shape[1]:
@@ -157,20 +158,6 @@ class ClassActivationDistance(Loss):
         phi = phi / phi.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
         size = (max(32, int(phi.shape[-2])), max(32, int(phi.shape[-1])))
         return F.interpolate(phi, size=size, mode="bilinear", align_corners=False)
-
-
-def _model(oracle: Oracle) -> TargetModel:
-    """The network behind the oracle.
-
-    Features are white-box access, but the oracle has no call of its own for the weights that turn them into classes.
-
-    Raises:
-        NotApplicable: this oracle does not show it.
-    """
-    victim = getattr(oracle, "victim", None)
-    if victim is None:
-        raise NotApplicable("class activation features need the victim's last linear layer")
-    return cast("TargetModel", victim.models[0])
 
 
 class _Feature(Iterative):

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Wi
 from torch import Tensor
 
 from attacks.objectives import BoundLoss, make_loss
-from attacks.projections import Projection, make_projection
+from attacks.projections import Projection, check_radius, make_projection
 from attacks.scores import Stop
 from attacks.starts import StartKind, start
 from attacks.steps import STEPS, finite
@@ -143,6 +143,7 @@ class Iterative(Attack):
     ) -> None:
         self.loss = make_loss(loss, kappa)
         self.monotone = restarts == 1
+        self.labelled = not self.loss.flat_at_clean
         self.norm = None if norm == "none" else norm
         self.eps, self.target = eps, target
         self._check_budget(norm, eps, alpha)
@@ -192,12 +193,8 @@ class Iterative(Attack):
             raise ValueError("eps must be null with norm 'none' and a length such as 8/255 otherwise")
         if eps is None and alpha is None:
             raise ValueError("alpha is required without eps")
-        if norm == "linf":
-            for name, value in (("eps", eps), ("alpha", alpha)):
-                if value is not None and value > 1:
-                    raise ValueError(
-                        f"{name}: {value} is outside (0, 1]: images are in [0,1], did you mean {value}/255?"
-                    )
+        check_radius(norm, eps)
+        check_radius(norm, alpha, "alpha")
 
     def _scale_of(self, kind: StartKind, given: Fraction | None) -> float:
         if kind == "none":

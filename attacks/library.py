@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.iterative import Radius
-from attacks.projections import make_projection
+from attacks.projections import check_radius, make_projection
 from attacks.scores import as_labels, fooled
 from attacks.wrapped import OracleModel, contained
 from bench.errors import CheckError, PluginError, unknown
@@ -262,8 +262,7 @@ class LibraryAttack(Attack):
         self._attack = LIBRARIES[library](attack, params or {}, target is not None)
         self._label = f"{library}'s {attack}"
         self.norm = self._attack.norm(self._eps)
-        if self.norm == "linf" and eps is not None and eps > 1:
-            raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
+        check_radius(self.norm, eps)
         self.eps: Fraction | None = eps if self.norm is not None else None
         self.target = target
         self.needs = (

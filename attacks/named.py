@@ -6,17 +6,21 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from attacks.activations import victim_of
 from attacks.iterative import Iterative, Radius, Steps, _Climb
 from attacks.objectives import BoundLoss
-from bench.errors import GridError, NotApplicable
+from bench.errors import GridError
 from bench.protocols import ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
+
+if TYPE_CHECKING:
+    from bench.threat import Victim
 
 
 @ATTACKS.register_module(name="pgd_kl")
@@ -129,7 +133,7 @@ class HGDEnsemble(Iterative):
         return super().run(oracle, images, targets, rng)
 
     def _weighted(self, oracle: Oracle, weights: Sequence[float]) -> Oracle:
-        victim = _victim(oracle)
+        victim = victim_of(oracle)
         if len(weights) != len(victim.models):
             raise GridError(
                 f"attack '{self.name}', weights: {len(weights)} given, the threat model has {len(victim.models)} models"
@@ -138,7 +142,7 @@ class HGDEnsemble(Iterative):
 
     def _seen(self, oracle: Oracle, images: Tensor) -> tuple[int, ...]:
         """The class of the largest sum of softmax outputs, for each image."""
-        victim = _victim(oracle)
+        victim = victim_of(oracle)
         with torch.no_grad():
             outputs = [
                 _behind(oracle, replace(victim, models=(model,), weights=())).logits(images).softmax(1)
@@ -149,14 +153,7 @@ class HGDEnsemble(Iterative):
         return tuple(int(k) for k in total.argmax(1))
 
 
-def _victim(oracle: Oracle) -> Any:
-    victim = getattr(oracle, "victim", None)
-    if victim is None:
-        raise NotApplicable("an ensemble attack needs the models behind the oracle")
-    return victim
-
-
-def _behind(oracle: Oracle, victim: Any) -> Oracle:
+def _behind(oracle: Oracle, victim: Victim) -> Oracle:
     """The oracle with another victim; counts go to the same place."""
     view: Any = copy.copy(oracle)
     view.victim = victim

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from attacks.steps import norms
+
+
+def check_radius(norm: str | None, radius: Fraction | None, name: str = "eps") -> None:
+    """Refuse lengths in 0..255.
+
+    Raises:
+        ValueError: an L-infinity radius above 1.
+    """
+    if norm == "linf" and radius is not None and radius > 1:
+        raise ValueError(
+            f"{name}: {radius} is outside (0, 1]: images are in [0,1], did you mean {radius}/255?"
+        )
 
 
 class Projection(Protocol):

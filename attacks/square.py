@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.iterative import Radius
-from attacks.projections import make_projection
+from attacks.projections import check_radius, make_projection
 from attacks.scores import Stop, as_labels, fooled, score
 from attacks.steps import norms
 from bench.protocols import Attack, ImageRNG, Oracle
@@ -61,8 +61,7 @@ class Square(Attack):
         target: str | None = None,
         stop_when_fooled: Stop = None,
     ) -> None:
-        if norm == "linf" and eps > 1:
-            raise ValueError(f"eps: {eps} is outside (0, 1]: images are in [0,1], did you mean {eps}/255?")
+        check_radius(norm, eps)
         self.norm, self.eps, self.target = norm, eps, target
         self._l2, self._eps = norm == "l2", float(eps)
         self.queries, self.p, self.rescale = queries, p, rescale

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.checks import FLAGS, Finding, by_gradient, direct, reference_findings, sees, undefended
+from bench.checks import (
+    FLAGS,
+    Finding,
+    by_gradient,
+    direct,
+    reference_findings,
+    sees,
+    undefended,
+    undone_by_noise,
+)
 from bench.errors import BenchError, GridError, NotApplicable, unknown
 from bench.frame import findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
@@ -127,7 +136,7 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
             if not undefended(cell) and (cell.target.role, cell.attack_label) not in bare:
                 bare.add((cell.target.role, cell.attack_label))
                 out.append(Extra("V5", "undefended", _undefended(parent), parent))
-        elif cell.attack.eps is None and cell.level in ("oblivious", "transfer"):
+        elif undone_by_noise(cell) and cell.defense.name != "noise":
             out.append(Extra("V20", "noise defense", _defended(parent, "noise", {"eps": "8/255"}), parent))
     return out
 
@@ -382,7 +391,8 @@ class _Planted(TargetModel):
 def unit_test(attack: Attack) -> float | None:
     """Check V18: the share of 4 planted images that the attack fools; None where the test has no meaning.
 
-    The test needs an untargeted attack on logits or losses of classifiers, with a budget that cannot leave [0,1].
+    The test needs an untargeted attack on logits or losses of classifiers, with a budget that cannot leave [0,1], that
+    spends all of it uphill: not on chance before a single step, and not away from the clean image whichever way.
     """
     classifies = attack.tasks is None or "classification" in attack.tasks
     known = set(attack.loss_kinds()) <= {"ce"}
@@ -392,6 +402,8 @@ def unit_test(attack: Attack) -> float | None:
     ):
         return None
     if attack.eps is None or attack.norm is None:
+        return None
+    if not attack.labelled or (attack.stochastic and attack.passes() == 1):
         return None
     size = 3 * 32 * 32
     reach = float(attack.eps) * (size if attack.norm == "linf" else math.sqrt(size))

@@ -434,6 +434,14 @@ def direct(attack: Attack | None) -> bool:
     return attack is not None and by_gradient(attack) and "features" not in attack.needs
 
 
+def undone_by_noise(cell: Cell) -> bool:
+    """The attack looks for the nearest adversarial image of another pipeline: any disturbance may undo it."""
+    attack = cell.attack
+    if attack is None or attack.eps is not None or not by_gradient(attack):
+        return False
+    return cell.level in ("oblivious", "transfer")
+
+
 def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Checks V3, V13, V14, V15 over a cell's rows (`stats` decoded) with their `craft_` columns."""
     if cell.attack is None or not rows or "craft_steps" not in rows[0]:
@@ -484,17 +492,20 @@ def craft_findings(
 
     right = live if scores is None else [i for i in live if scores[i] > 0.01]
     if by_gradient(attack):
-        # An image that is fooled may have no gradient left: hinges and masked objectives are done with it.
+        # An image that is fooled may have no gradient left: hinges and masked objectives are done with it. Where the
+        # pipeline that was attacked is not the one that judged, which images those are is not known.
+        known = scores is not None
         first = share(lambda i: bool(i["first_zero"]), right)
         most = share(lambda i: i["steps"] > 0 and i["zero"] / i["steps"] > 0.5, right)
-        last = share(lambda i: bool(i["last_zero"]), right) if scores is not None and attack.monotone else 0.0
-        if not attack.monotone:
-            most = 0.0
+        last = share(lambda i: bool(i["last_zero"]), right)
+        if not (known and attack.monotone):
+            most = last = 0.0
         zero = max(first, most, last)
-        detail = f"{_percent(first)} of the images at the first step, {_percent(max(last, most))} at the last"
+        shares = ((first, "at the first step"), (last, "at the last"), (most, "at most steps"))
+        detail = ", ".join(f"{_percent(value)} of the images {where}" for value, where in shares)
         if zero > 0.5:
             found.append(Finding("zero-gradient", detail))
-        elif zero > 0.01:
+        elif known and zero > 0.01:
             found.append(Finding("some-zero-gradient", detail))
         nonfinite = share(lambda i: i["nonfinite"] > 0)
         if nonfinite:
@@ -742,7 +753,7 @@ def _across_defenses(
         if not cells or undefended(cells[0]):
             continue
         for cell in cells:
-            if cell.attack is None or cell.attack.eps is not None or cell.attack.name == "none":
+            if not undone_by_noise(cell) or cell.defense.name == "noise":
                 continue
             for other in named(role, image_format, "noise"):
                 same = (other.attack_label, other.level_label) == (cell.attack_label, cell.level_label)

@@ -508,6 +508,7 @@ class Attack(ABC):
         monotone: one run on one objective that grows with success, so that it should end above its start. Not so for
             several objectives or restarts in turn, schedules, objectives that drop what is wrong already, and searches
             for small perturbations.
+        labelled: it leaves (or seeks) the label it is given; not so where it only leaves the clean image's own output.
         returns_clean: an image it fails on comes back unchanged.
         version: raise it when the output changes for the same parameters.
         added: parameters that came later, with the value at which the output is what it was without them: there they
@@ -523,6 +524,7 @@ class Attack(ABC):
     eps: Fraction | None = None
     target: str | None = None
     monotone: bool = True
+    labelled: bool = True
     returns_clean: bool = False
     version: ClassVar[int] = 1
     added: ClassVar[Mapping[str, Any]] = {}

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from bench.chain import bpda
 from bench.errors import NotApplicable
-from bench.protocols import Attack, Defense, Geometry, Gradient, ImageRNG, Objective, TargetModel, Warped
+from bench.protocols import (
+    Attack,
+    Defense,
+    Geometry,
+    Gradient,
+    ImageRNG,
+    Objective,
+    TargetModel,
+    Warped,
+    identity_geometry,
+)
 
 Mode = Literal["none", "bpda", "exact"]
 
@@ -261,8 +271,6 @@ class ModelOracle:
 
     def _defended(self, images: Tensor | Warped) -> tuple[Tensor, Geometry, ImageRNG]:
         """Images behind the defense, how they moved, and the streams of this draw."""
-        from bench.protocols import identity_geometry
-
         rng = self._draw if self._draw is not None else self._rng.fork("call", self._next_call())
         pixels = images.images if isinstance(images, Warped) else images
         if len(pixels) != len(self):

@@ -62,7 +62,10 @@ def test_zero_gradients_of_images_that_are_done_are_no_masking() -> None:
     assert flags("dag", ended, scores=[0.5] * 20) == set()
     start = [trace(1, 1, 1, zeros=(1, 1, 1))]
     assert flags("bim", start * 20) == {"zero-gradient"}
-    assert flags("bim", start + [trace(*RISING)] * 19) == {"some-zero-gradient"}
+    assert flags("bim", start + [trace(*RISING)] * 19, scores=[1.0] * 20) == {"some-zero-gradient"}
+    assert (
+        flags("bim", start + [trace(*RISING)] * 19) == set()
+    )  # it may be one that the attacked model gets wrong
 
 
 def test_images_with_nothing_to_attack_are_left_out() -> None:
