@@ -83,3 +83,21 @@ class Watched(ABC):
         mean = torch.stack(self._seen).mean(0)
         self._seen = []
         return fooled(mean, self.labels, self.targeted)
+
+
+class Scored(Watched):
+    """`score` as an objective."""
+
+    def __init__(self, loss: str, labels: Tensor, targeted: bool) -> None:
+        super().__init__(labels, targeted)
+        self.loss = loss
+
+    def value(self, logits: Tensor) -> Tensor:
+        """Values (B,) to be increased."""
+        return score(self.loss, logits, self.labels, self.targeted)
+
+
+def asked(oracle: Oracle, images: Tensor, loss: str, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+    """`score` (B,) and whether the images fool the victim (B,), by the mean over its EOT draws, without a gradient."""
+    objective = Scored(loss, labels, targeted)
+    return oracle.value(images, objective), objective.hit()

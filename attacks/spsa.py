@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attacks.iterative import Factor, Steps
 from attacks.projections import make_projection
-from attacks.scores import Stop, as_labels, fooled, score
+from attacks.scores import Stop, as_labels, asked
 from attacks.steps import sign
 from bench.protocols import Attack, ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
@@ -69,8 +69,7 @@ class _Estimated(Attack):
         done = torch.zeros(len(clean), dtype=torch.bool, device=device)
         at = torch.arange(len(clean), device=device)
         for step in range(self.steps + 1):
-            logits = oracle.logits(x)
-            value, hit = score(self.loss, logits, labels, targeted), fooled(logits, labels, targeted)
+            value, hit = asked(oracle, x, self.loss, labels, targeted)
             better = (hit & ~done[at]) | ((hit == done[at]) & (value > best[at]))
             out[at[better]], best[at[better]] = x[better], value[better]
             done[at] |= hit
@@ -97,9 +96,9 @@ class _Estimated(Attack):
             # One call for all of an image's samples: a stochastic defense then draws alike for both ends of a pair,
             # and their difference is the image's and not the noise's.
             repeated = torch.arange(len(x)).repeat_interleave(2 * count)
-            logits = oracle.select(repeated).logits(moved.flatten(0, 1))
-            at = repeated.to(labels.device)
-            values = score(self.loss, logits, labels[at], self.target is not None).view(len(x), 2, count)
+            several, at = oracle.select(repeated), repeated.to(labels.device)
+            values, _ = asked(several, moved.flatten(0, 1), self.loss, labels[at], self.target is not None)
+            values = values.view(len(x), 2, count)
             slope = (values[:, 0] - values[:, 1]) / (2 * self._delta)
             for sample in range(count):
                 total += slope[:, sample].view(-1, 1, 1, 1) * v[:, sample]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks.iterative import Radius
 from attacks.projections import check_radius, make_projection
-from attacks.scores import Stop, as_labels, fooled, score
+from attacks.scores import Stop, as_labels, asked
 from attacks.steps import norms
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -30,7 +30,8 @@ class Square(Attack):
 
     Needs no gradient, so a defense that hides gradients gains nothing: it runs against any pipeline at level white_box.
     Linf starts from random vertical stripes of +-eps and moves squares by +-2 eps per channel; L2 starts from a grid
-    of bumps and moves the mass of one square into another. With a stochastic defense every query is a fresh draw.
+    of bumps and moves the mass of one square into another. With a stochastic defense every query is a mean over
+    EOT draws.
 
     An image comes back as its first success, or, where that does not stop it, at its largest loss.
 
@@ -82,8 +83,7 @@ class Square(Attack):
         x = project(self._start(clean, rng))
         out = x.clone()
         at = torch.arange(len(clean), device=device)
-        logits = oracle.logits(x)
-        value, hit = score(self.loss, logits, labels, targeted), fooled(logits, labels, targeted)
+        value, hit = asked(oracle, x, self.loss, labels, targeted)
         draws = torch.empty(len(clean), 0)
         for query in range(self.queries):
             kept = (~hit if self.stop_when_fooled else torch.ones_like(hit)).nonzero()[:, 0]
@@ -100,9 +100,7 @@ class Square(Attack):
             candidate = project(
                 propose(clean, x, self._side(query, clean), draws[:, query % BLOCK].to(device))
             )
-            logits = oracle.logits(candidate)
-            reached = fooled(logits, labels, targeted)
-            new = score(self.loss, logits, labels, targeted)
+            new, reached = asked(oracle, candidate, self.loss, labels, targeted)
             # A success is never given up, whatever the loss says.
             better = ((new > value) & (reached | ~hit)) | (reached & ~hit)
             x = torch.where(better.view(-1, 1, 1, 1), candidate, x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.iterative import KernelSize, Steps
-from attacks.scores import Stop, Watched, as_labels, score
+from attacks.scores import Scored, Stop, as_labels
 from attacks.steps import finite
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
@@ -94,7 +94,7 @@ class FWA(Attack):
         at = torch.arange(len(clean), device=clean.device)
         for step in range(self.steps + 1):
             x = transport.arrivals(plan).clamp(0, 1)
-            objective = _Scores(self.loss, labels[at], self.target is not None)
+            objective = Scored(self.loss, labels[at], self.target is not None)
             result = oracle.gradient(x, objective)
             hit = objective.hit()
             better = (hit & ~fooled[at]) | ((hit == fooled[at]) & (result.value > value[at]))
@@ -112,16 +112,6 @@ class FWA(Attack):
             goal = transport.best_plan(grad, self.radius, self.gamma, self.bisections)
             plan = plan + 2 / (step + 2) * (transport.fit(goal) - plan)
         return out
-
-
-class _Scores(Watched):
-    def __init__(self, loss: str, labels: Tensor, targeted: bool) -> None:
-        super().__init__(labels, targeted)
-        self.loss = loss
-
-    def value(self, logits: Tensor) -> Tensor:
-        """Values (B,) to be increased."""
-        return score(self.loss, logits, self.labels, self.targeted)
 
 
 class Transport:

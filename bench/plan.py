@@ -462,13 +462,11 @@ class _Planner:
             behind, mode = defense, "exact" if threat.level == "white_box" else "bpda"
         if behind is not None and _bare(behind):
             behind, mode = None, "none"
-        if (
-            mode == "exact"
-            and behind is not None
-            and not behind.differentiable
-            and "gradient" in attack.needs
-        ):
+        by_scores = "gradient" not in attack.needs
+        if mode == "exact" and behind is not None and not (behind.differentiable or by_scores):
             raise NotApplicable("the defense is not differentiable: no true gradient exists (bpda applies)")
+        if mode == "bpda" and by_scores:
+            mode = "exact"  # the same values, and nothing else is asked for
         if not attack.needs:
             # An attack that never asks the victim makes the same images at every level.
             sources, behind, mode = (target,), None, "none"
@@ -486,6 +484,8 @@ class _Planner:
             "attack": attack.identity(),
             "seed": self.seed,
         }
+        if by_scores and attack.needs and behind is not None and behind.stochastic:
+            payload["oracle"]["scores"] = "mean over draws"
         key = content_key(payload)
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
