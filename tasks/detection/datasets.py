@@ -2,20 +2,38 @@
 
 COCO and VOC take `root`, the folder their files lie in or under; without it the environment variable `BENCH_DATA`
 says where data lie, else `./data`. Nothing is downloaded, and files are read on first use.
+
+The readers are this project's own rather than mmdet's classes: an item here is one image with its objects as annotated
+and no registry of transforms stands behind it, and what is wrong in a file gets one line that names the entry, where
+mmdet skips it or fails. Tests compare what is read with mmdet's classes.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+)
 from torch import Tensor
 
 from bench.errors import DataError, WeightsError, unknown
@@ -124,6 +142,136 @@ def _encode(masks: np.ndarray) -> tuple[dict[str, Any], ...]:
     return tuple(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks)
 
 
+def _runs(counts: Any) -> Any:
+    """Run lengths from pycocotools' compressed text (`rleFrString` of its maskApi.c); anything else as it is.
+
+    Raises:
+        ValueError: a character that such text cannot hold, or an end within a number.
+    """
+    if not isinstance(counts, str):
+        return counts
+    runs: list[int] = []
+    value = shift = 0
+    for digit in (ord(character) - 48 for character in counts):
+        if not 0 <= digit < 64:
+            raise ValueError("not run lengths as pycocotools writes them")
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            value -= (digit & 16) << (shift - 4)
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("run lengths end within a number")
+    return runs
+
+
+def _entries(entries: list[Any], info: ValidationInfo) -> list[Any]:
+    if not entries:
+        raise ValueError(f"holds no {info.field_name}")
+    number, count = Counter(entry.id for entry in entries).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"the id {number!r} is there {count} times, expected once")
+    return entries
+
+
+class _CocoImage(BaseModel):
+    id: int | str
+    file_name: str
+    height: PositiveInt
+    width: PositiveInt
+
+
+class _CocoCategory(BaseModel):
+    id: int
+    name: str
+
+
+class _RunLengths(BaseModel):
+    size: tuple[int, int]
+    counts: Annotated[list[NonNegativeInt], BeforeValidator(_runs)]
+
+
+class _CocoObject(BaseModel):
+    image_id: int | str
+    category_id: int
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    iscrowd: bool = False
+    segmentation: (
+        Annotated[
+            Annotated[_RunLengths, Tag("RLE")] | Annotated[list[list[FiniteFloat]], Tag("polygons")],
+            Discriminator(lambda value: "RLE" if isinstance(value, dict) else "polygons"),
+        ]
+        | None
+    ) = None
+
+
+class _CocoFile(BaseModel):
+    images: Annotated[list[_CocoImage], AfterValidator(_entries)]
+    annotations: list[_CocoObject]
+    categories: Annotated[list[_CocoCategory], AfterValidator(_entries)]
+
+
+class _VocSize(BaseModel):
+    width: PositiveInt
+    height: PositiveInt
+
+
+class _VocBounds(BaseModel):
+    xmin: FiniteFloat
+    ymin: FiniteFloat
+    xmax: FiniteFloat
+    ymax: FiniteFloat
+
+
+class _VocObject(BaseModel):
+    name: str
+    difficult: bool = False
+    bndbox: _VocBounds
+
+
+class _VocFile(BaseModel):
+    size: _VocSize
+    objects: list[_VocObject] = Field(alias="object")
+
+
+def _wrong(path: Path, where: str, what: str) -> DataError:
+    return DataError(f"annotations {path}: {where}: {what}")
+
+
+def _damaged(path: Path, error: OSError | ElementTree.ParseError | ValidationError) -> DataError:
+    """The first fault of the annotations in `path`, as one line."""
+    if not isinstance(error, ValidationError):
+        return DataError(f"annotations {path} cannot be read: {error}")
+    fault = error.errors(include_url=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+    what = fault["msg"].removeprefix("Value error, ")
+    if not where:
+        return DataError(f"annotations {path} cannot be read: {what}")
+    if fault["type"] == "missing":
+        what = "required, but missing"
+    elif fault["type"] != "value_error":
+        what += f", not {reprlib.repr(fault['input'])}"
+    return _wrong(path, where.lstrip("."), what)
+
+
+def _check_box(box: Sequence[float], size: tuple[int, int]) -> None:
+    """Refuse a box x, y, width, height, in pixels from 0, that cannot lie in an image of `size` (H, W).
+
+    Published data have boxes of no area, and edges that lie a little outside: those pass.
+
+    Raises:
+        ValueError: it has a negative side, misses the image, or reaches beyond it by more than half its size.
+    """
+    for axis, first, length, pixels in zip("xy", box[:2], box[2:], reversed(size), strict=True):
+        last = first + length
+        if length < 0 or first > pixels or last < 0 or first < -pixels / 2 or last > 1.5 * pixels:
+            raise ValueError(
+                f"the box goes from {axis} = {first:g} to {last:g} as counted from 0, "
+                f"expected rising values in 0..{pixels}"
+            )
+
+
 class _Files(Dataset):
     """Images in a folder, with annotations that are read once."""
 
@@ -158,7 +306,8 @@ class _Files(Dataset):
 class Coco(_Files):
     """COCO, or any data in its layout: `annotations/instances_SPLIT.json` and images in `SPLIT/` or `images/SPLIT/`.
 
-    Labels follow the category ids in rising order, which is mmdet's order.
+    Labels follow the category ids in rising order, which is mmdet's order. Boxes thinner than a pixel, which published
+    files have, stay: COCO's evaluation counts them, and losses leave them out as mmdet does.
 
     Args:
         root: folder with `annotations`; see the module.
@@ -174,22 +323,20 @@ class Coco(_Files):
         return _find(self.root, [name, f"coco/{name}", f"COCO/{name}"], f"COCO {self.split}")
 
     @functools.cached_property
-    def _content(self) -> Mapping[str, Any]:
+    def _content(self) -> _CocoFile:
         try:
-            content = json.loads(self._annotations.read_text(encoding="utf-8"))
-            missing = [key for key in ("images", "annotations", "categories") if key not in content]
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"annotations {self._annotations} cannot be read: {error}") from None
-        if missing:
-            raise DataError(
-                f"annotations {self._annotations} lack {', '.join(missing)}: not in COCO's layout"
-            )
-        return content  # type: ignore[no-any-return]
+            return _CocoFile.model_validate_json(self._annotations.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise _damaged(self._annotations, error) from None
+
+    @functools.cached_property
+    def _categories(self) -> list[_CocoCategory]:
+        return sorted(self._content.categories, key=lambda category: category.id)
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
         """Category names by rising id."""
-        return [str(c["name"]) for c in sorted(self._content["categories"], key=lambda c: c["id"])]
+        return [category.name for category in self._categories]
 
     def fingerprint(self) -> str:
         """SHA-256 of the annotations, which name every image and its size."""
@@ -198,53 +345,70 @@ class Coco(_Files):
     def _read(self) -> list[tuple[Path, Objects]]:
         base = self._annotations.parents[1]
         folder = _find(base, [self.split, f"images/{self.split}"], f"images of COCO {self.split}")
-        labels = {
-            c["id"]: k for k, c in enumerate(sorted(self._content["categories"], key=lambda c: c["id"]))
-        }
-        by_image: dict[Any, list[Mapping[str, Any]]] = {}
-        for annotation in self._content["annotations"]:
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
-        index = []
-        try:
-            for image in self._content["images"]:
-                size = (int(image["height"]), int(image["width"]))
-                index.append(
-                    (folder / image["file_name"], _coco_objects(by_image.get(image["id"], []), size, labels))
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"annotations {self._annotations} are damaged: {type(error).__name__} {error}"
-            ) from None
-        return index
+        labels = {category.id: k for k, category in enumerate(self._categories)}
+        by_image: dict[int | str, list[tuple[int, _CocoObject]]] = {i.id: [] for i in self._content.images}
+        for number, item in enumerate(self._content.annotations):
+            for key, known in (("image_id", by_image), ("category_id", labels)):
+                if getattr(item, key) not in known:
+                    raise _wrong(
+                        self._annotations,
+                        f"annotations[{number}].{key}",
+                        f"{getattr(item, key)!r} is the id of no {key.removesuffix('_id')} in the file",
+                    )
+            by_image[item.image_id].append((number, item))
+        return [
+            (folder / image.file_name, self._objects(image, by_image[image.id], labels))
+            for image in self._content.images
+        ]
+
+    def _objects(
+        self, image: _CocoImage, items: Sequence[tuple[int, _CocoObject]], labels: Mapping[int, int]
+    ) -> Objects:
+        size = (image.height, image.width)
+        masks: list[dict[str, Any]] = []
+        for number, item in items:
+            key = "bbox"
+            try:
+                _check_box(item.bbox, size)
+                key = "segmentation"
+                if item.segmentation:
+                    masks.append(_run_lengths(item.segmentation, size))
+            except ValueError as error:
+                raise _wrong(self._annotations, f"annotations[{number}].{key}", str(error)) from None
+        return Objects(
+            boxes=np.array([item.bbox for _, item in items], dtype=np.float64).reshape(-1, 4),
+            labels=np.array([labels[item.category_id] for _, item in items], dtype=np.int64),
+            size=size,
+            num_classes=len(labels),
+            masks=tuple(masks) if len(masks) == len(items) else None,
+            crowd=np.array([item.iscrowd for _, item in items], dtype=bool),
+        )
 
 
-def _coco_objects(
-    annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], labels: Mapping[Any, int]
-) -> Objects:
-    masks: list[dict[str, Any]] = []
-    for annotation in annotations:
-        if annotation.get("segmentation"):
-            masks.append(_run_lengths(annotation["segmentation"], size))
-    return Objects(
-        boxes=np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([labels[a["category_id"]] for a in annotations], dtype=np.int64),
-        size=size,
-        num_classes=len(labels),
-        masks=tuple(masks) if len(masks) == len(annotations) else None,
-        crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
-    )
+def _run_lengths(segmentation: _RunLengths | list[list[float]], size: tuple[int, int]) -> dict[str, Any]:
+    """The mask as pycocotools keeps it.
 
-
-def _run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    Raises:
+        ValueError: nothing to draw, or run lengths of another image size.
+    """
     from pycocotools import mask as coco_mask
 
+    encoded: dict[str, Any]
     if isinstance(segmentation, list):
-        encoded: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        encoded = coco_mask.frPyObjects(segmentation, *size)
+        # As mmdet does, polygons of less than three points are left out: pycocotools takes four numbers for a box.
+        polygons = [points for points in segmentation if len(points) >= 6 and len(points) % 2 == 0]
+        if not polygons:
+            raise ValueError(
+                "no polygon has three points or more, expected [[x1, y1, x2, y2, x3, y3, ...], ...]"
+            )
+        encoded = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
     else:
-        counts = segmentation["counts"]
-        encoded = {"size": list(size), "counts": counts.encode() if isinstance(counts, str) else counts}
+        # pycocotools checks neither, and reads memory that is not its own where run lengths fall short.
+        if segmentation.size != size:
+            raise ValueError(f"size is {list(segmentation.size)}, expected the image's {list(size)}")
+        if (total := sum(segmentation.counts)) != size[0] * size[1]:
+            raise ValueError(f"counts cover {total} pixels, expected the image's {size[0] * size[1]}")
+        encoded = coco_mask.frPyObjects(segmentation.model_dump(), *size)
     return encoded
 
 
@@ -309,36 +473,41 @@ class Voc(_Files):
         ]
 
     def _objects(self, path: Path) -> Objects:
-        boxes, labels, difficult = [], [], []
         try:
             tree = ElementTree.fromstring(path.read_bytes())  # noqa: S314 - expat expands no external entities
-            size = (int(_text(tree, "size/height")), int(_text(tree, "size/width")))
-            for item in tree.findall("object"):
-                label = _text(item, "name")
-                if label not in self.classes:
-                    raise DataError(f"annotation {path}: " + unknown("class", label, self.classes))
-                x1, y1, x2, y2 = (
-                    float(_text(item, f"bndbox/{key}")) - 1 for key in ("xmin", "ymin", "xmax", "ymax")
-                )
-                boxes.append((x1, y1, x2 - x1, y2 - y1))
-                labels.append(self.classes.index(label))
-                difficult.append((item.findtext("difficult") or "0").strip() == "1")
-        except (OSError, ElementTree.ParseError, ValueError) as error:
-            raise DataError(f"annotation {path} cannot be read: {error}") from None
+            content = _VocFile.model_validate(
+                {
+                    "size": _texts(tree.find("size")),
+                    "object": [
+                        _texts(o) | {"bndbox": _texts(o.find("bndbox"))} for o in tree.iterfind("object")
+                    ],
+                }
+            )
+        except (OSError, ElementTree.ParseError, ValidationError) as error:
+            raise _damaged(path, error) from None
+        size = (content.size.height, content.size.width)
+        boxes = []
+        for number, item in enumerate(content.objects):
+            if item.name not in self.classes:
+                raise _wrong(path, f"object[{number}].name", unknown("class", item.name, self.classes))
+            bounds = item.bndbox
+            box = (bounds.xmin - 1, bounds.ymin - 1, bounds.xmax - bounds.xmin, bounds.ymax - bounds.ymin)
+            try:
+                _check_box(box, size)
+            except ValueError as error:
+                raise _wrong(path, f"object[{number}].bndbox", str(error)) from None
+            boxes.append(box)
         return Objects(
             boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            labels=np.array(labels, dtype=np.int64),
+            labels=np.array([self.classes.index(item.name) for item in content.objects], dtype=np.int64),
             size=size,
             num_classes=len(self.classes),
-            ignore=np.array(difficult, dtype=bool),
+            ignore=np.array([item.difficult for item in content.objects], dtype=bool),
         )
 
 
-def _text(node: ElementTree.Element, path: str) -> str:
-    text = node.findtext(path)
-    if text is None:
-        raise ValueError(f"no <{path}> in <{node.tag}>")
-    return text.strip()
+def _texts(node: ElementTree.Element | None) -> dict[str, Any]:
+    return {} if node is None else {child.tag: (child.text or "").strip() for child in node}
 
 
 def _digest(path: Path) -> str:
