@@ -528,6 +528,8 @@ def _unique(found: Iterable[Finding]) -> list[Finding]:
 def report(result: Audit, plan: Plan) -> list[str]:
     """The audit as lines of text."""
     grid = plan.options.grid
+    if grid.is_absolute() and grid.is_relative_to(Path.cwd()):
+        grid = grid.relative_to(Path.cwd())  # the same text on every machine
     lines = [
         f"{plan.grid.name} on profile {plan.profile}: {len(result.judged)} cells judged, "
         f"{len(result.suspect)} suspect, {len(result.stopped)} stopped by a hard check, {len(result.waiting)} not run"
