@@ -1,6 +1,6 @@
 """Seconds and passes of our attacks beside those of other libraries and the bare passes, on the mini WideResNet.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.attack_speed [--images 64] [--repeats 5] [--only ddn ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.attack_speed [--images 64] [--repeats 5] [--only ddn ...] [--markdown FILE]
 
 Everything runs on one thread and calls the same network through the same adapter. Seconds are processor time, which
 other processes do not lengthen by waiting for the core. Contestants take turns, in an order that rotates from repeat to
@@ -17,10 +17,12 @@ Libraries other than foolbox take part where they can be imported: `bash tools/l
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from bench.protocols import TargetModel
 from bench.registry import MODELS
-from benchmarks.contestants import Case, Network, digits
+from benchmarks.contestants import Case, Network, digits, markdown
 
 EPS, ALPHA = 8 / 255, 2 / 255
 
@@ -218,27 +220,26 @@ def ratio(ours: Times, other: Times) -> float:
     return statistics.median(a / b for a, b in zip(ours.seconds, other.seconds, strict=True))
 
 
-def report(console: Console, results: Sequence[tuple[Case, int, dict[str, Times]]]) -> None:
-    """The table."""
-    table = Table(title="attack speed: mini_wrn, mini_digits, one thread")
-    columns = ("attack", "by", "images", "seconds", "ours / it", "forwards", "backwards", "fooled", "length")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("attack", "by") else "right")
-    for case, count, seen in results:
-        for name, times in seen.items():
-            bought = ("", "") if name == "floor" else (f"{times.success:.1%}", f"{times.distance:.4f}")
-            table.add_row(
-                case.label if name == "ours" else "",
-                name,
-                str(count),
-                f"{statistics.median(times.seconds):.3f}",
-                "" if name == "ours" else f"{ratio(seen['ours'], times):.2f}",
-                f"{times.forwards:.1f}",
-                f"{times.backwards:.1f}",
-                *bought,
-            )
-        table.add_section()
-    console.print(table)
+HEADER = ("attack", "by", "images", "seconds", "ours / it", "forwards", "backwards", "fooled", "length")
+WORDS = ("attack", "by")
+
+
+def cells(case: Case, count: int, seen: Mapping[str, Times]) -> list[tuple[str, ...]]:
+    """The rows of one case, as `HEADER` has them."""
+    rows = []
+    for name, times in seen.items():
+        bought = ("", "") if name == "floor" else (f"{times.success:.1%}", f"{times.distance:.4f}")
+        rows.append((
+            case.label if name == "ours" else "",
+            name,
+            str(count),
+            f"{statistics.median(times.seconds):.3f}",
+            "" if name == "ours" else f"{ratio(seen['ours'], times):.2f}",
+            f"{times.forwards:.1f}",
+            f"{times.backwards:.1f}",
+            *bought,
+        ))  # fmt: skip
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64, help="images in the batch (at most 32 for cw_l2)")
     parser.add_argument("--repeats", type=int, default=5, help="times that every contestant runs")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose label begins with one of these")
+    parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
     if options.images < 1 or options.repeats < 1:
         parser.error("--images and --repeats: expected 1 or more")
@@ -257,14 +259,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = MODELS.create("mini_wrn").load(torch.device("cpu"))
     images, labels = digits(options.images)
     counter = Counter(target.network)
-    results = []
+    groups = []
     console = Console(width=130)
     for case in chosen:
         count = min(case.images or options.images, options.images)
         console.print(f"{case.label} ...", style="dim")
         seen = measure(case, target, counter, images[:count], labels[:count], options.repeats)
-        results.append((case, count, seen))
-    report(console, results)
+        groups.append(cells(case, count, seen))
+    table = Table(title="attack speed: mini_wrn, mini_digits, one thread")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in WORDS else "right")
+    for rows in groups:
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+    console.print(table)
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(HEADER, [*itertools.chain(*groups)], WORDS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bench.protocols import TargetModel
 from bench.registry import ATTACKS, MODELS
-from benchmarks.contestants import Case, digits
+from benchmarks.contestants import Case, digits, markdown
 
 INF = float("inf")
 EPS, ALPHA, L2, L2_ALPHA = "4/255", "1/255", 0.5, 0.125
@@ -508,6 +508,7 @@ HEADER = (
     "theirs",
     "verdict",
 )
+WORDS = ("attack", "library", "verdict")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -516,12 +517,6 @@ def cells(row: Row) -> tuple[str, ...]:
     shares = (f"{100 * row.ours:.1f}", f"{100 * row.theirs:.1f}", f"{row.points:+.1f}")
     only = (str(row.only_ours), str(row.only_theirs))
     return (row.attack, row.library, str(row.starts), *shares, *only, *lengths, row.verdict)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table in markdown."""
-    lines = [HEADER, ("---", "---", *["--:"] * (len(HEADER) - 3), "---"), *map(cells, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
@@ -561,12 +556,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save(rows, options.csv)
     table = Table(title=f"attack strength: mini_wrn, {options.count} test digits")
     for name in HEADER:
-        table.add_column(name, justify="left" if name in ("attack", "library", "verdict") else "right")
+        table.add_column(name, justify="left" if name in WORDS else "right")
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
     if options.markdown is not None:
-        options.markdown.write_text(markdown(rows), encoding="utf-8")
+        options.markdown.write_text(markdown(HEADER, [*map(cells, rows)], WORDS), encoding="utf-8")
 
 
 if __name__ == "__main__":

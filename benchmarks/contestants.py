@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,3 +181,9 @@ LIBRARIES = {
     "advertorch": advertorch,
     "pyautoattack": pyautoattack,
 }
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: Container[str]) -> str:
+    """A table in markdown; columns named in `words` stand left, numbers right."""
+    rule = ["---" if name in words else "--:" for name in header]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
