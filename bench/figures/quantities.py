@@ -21,6 +21,7 @@ from bench.views import View
 FOOLING = "fooling_rate"
 DISTANCE = "feature_distance"
 PIXELS = "pixel_distance"
+OWN = (FOOLING, DISTANCE, PIXELS)
 
 Distance = str | dict[str, Any]
 """An attack that ascends a distance of features (`cafa`, `ssp`), with its parameters: the distance is the attack's."""
@@ -31,9 +32,8 @@ class Quantities:
 
     `fooling_rate`: share of images whose defended prediction is another than on the clean image (classification).
     `feature_distance`: mean over images of the distance between the target's features of what comes out of the defense
-    and of the clean image. `pixel_distance`: mean over images of the mean absolute difference between what comes out of the
-    defense and the clean image, in [0,1]: the denoising loss of Liao et al. 2018 (Table 2). Anything else is a metric of the
-    task, as tables have it.
+    and of the clean image. `pixel_distance`: the same mean of the mean absolute difference of their pixels, in [0,1]: the
+    denoising loss of Liao et al. 2018 (Table 2). Anything else is a metric of the task, as tables have it.
 
     Args:
         names: of quantities.
@@ -79,7 +79,7 @@ class Quantities:
         Raises:
             StoreError: the cell has not been run.
         """
-        seen: dict[str, list[float]] = {name: [] for name in self.names if name in (FOOLING, DISTANCE, PIXELS)}
+        seen: dict[str, list[float]] = {name: [] for name in self.names if name in OWN}
 
         def consume(view: View) -> None:
             found = {}
