@@ -28,6 +28,7 @@ from bench.registry import (
     FIGURES,
     METRICS,
     MODELS,
+    TASKS,
     load_plugin,
 )
 from defenses.networks.build import PURIFIERS
@@ -71,7 +72,7 @@ GRIDS = sorted(name for name, text in YAML.items() if "blocks" in yaml.safe_load
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the guide's files, on toy data where they name the embedded one; what they register is removed."""
     load_plugin(PLUGINS / "toy.py")
-    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS, FIGURES):
+    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS, TASKS, FIGURES):
         registry.discover()
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     tables: tuple[dict[str, Any], ...] = (PURIFIERS, OBJECTIVES, RECIPES)
@@ -134,6 +135,10 @@ def test_the_guides_plugins_run(guide: Path, name: str, capsys: pytest.CaptureFi
         assert left[own] < 0.5 * left["noise"] <= left["clean"]
     if own in METRICS.names():
         assert own in set(finished["metric"])
+    if own in TASKS.names():
+        assert set(finished["task"]) == {own} and set(finished["metric"]) == set(TASKS.resolve(own).metrics)
+        error = finished[finished["defense"] == "none"].groupby("attack", observed=True)["value"].max()
+        assert error["clean"] < error["pgd"] and 5 * error["noise"] < error["pgd"] <= 9 / 255
     if own in FIGURES.names():
         assert {path.name for path in (guide / "out").glob(f"{own}.*")} == {
             f"{own}.{x}" for x in ("png", "svg", "csv")
