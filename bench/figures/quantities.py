@@ -31,7 +31,7 @@ class Quantities:
     """What a figure shows of each cell.
 
     `feature_distance`: mean over images of the distance between the target's features of what comes out of the defense
-    and of the clean image. `pixel_distance`: the same mean of the mean absolute difference of their pixels, in [0,1], the
+    and of the clean image. `pixel_distance`: the same for the mean absolute difference of their pixels, in [0,1], the
     denoising loss of Liao et al. 2018 (Table 2). Anything else is a metric of the task, as tables have it.
 
     Args:
