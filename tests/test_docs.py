@@ -28,6 +28,7 @@ from bench.registry import (
     FIGURES,
     METRICS,
     MODELS,
+    TASKS,
     load_plugin,
 )
 from defenses.networks.build import PURIFIERS
@@ -39,7 +40,7 @@ from tasks.segmentation.task import Segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ROOT / "tests" / "plugins"
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GUIDE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
@@ -71,7 +72,7 @@ GRIDS = sorted(name for name, text in YAML.items() if "blocks" in yaml.safe_load
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the guide's files, on toy data where they name the embedded one; what they register is removed."""
     load_plugin(PLUGINS / "toy.py")
-    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS, FIGURES):
+    for registry in (DEFENSES, ATTACKS, DATASETS, MODELS, METRICS, TASKS, FIGURES):
         registry.discover()
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     tables: tuple[dict[str, Any], ...] = (PURIFIERS, OBJECTIVES, RECIPES)
@@ -134,6 +135,10 @@ def test_the_guides_plugins_run(guide: Path, name: str, capsys: pytest.CaptureFi
         assert left[own] < 0.5 * left["noise"] <= left["clean"]
     if own in METRICS.names():
         assert own in set(finished["metric"])
+    if own in TASKS.names():
+        assert set(finished["task"]) == {own} and set(finished["metric"]) == set(TASKS.resolve(own).metrics)
+        error = finished[finished["defense"] == "none"].groupby("attack", observed=True)["value"].max()
+        assert error["clean"] < error["pgd"] and 5 * error["noise"] < error["pgd"] <= 9 / 255
     if own in FIGURES.names():
         assert {path.name for path in (guide / "out").glob(f"{own}.*")} == {
             f"{own}.{x}" for x in ("png", "svg", "csv")
@@ -154,6 +159,40 @@ def test_the_guides_learned_defense_trains_and_runs(guide: Path, capsys: pytest.
     ]
     frame = evaluated(guide, "smoother.yaml", capsys)
     assert set(frame["status"]) == {"ok"} and {"smoother", "pixels"} <= set(frame["defense"])
+
+
+def test_the_readmes_plugins_run(guide: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    before = [set(registry.names()) for registry in (DEFENSES, ATTACKS, TASKS)]
+    for number, block in enumerate(code):
+        (guide / f"readme_{number}.py").write_text(block, encoding="utf-8")
+        load_plugin(guide / f"readme_{number}.py")
+    added = [
+        set(registry.names()) - old for registry, old in zip((DEFENSES, ATTACKS, TASKS), before, strict=True)
+    ]
+    (defense,), (attack,), (task,) = added
+    row = TASKS.create(task).rows(0.25, 0.5)
+    assert row == {"score": 0.75, "error": 0.25}
+    grid = {
+        "name": "readme",
+        "profile": str(PLUGINS / "toy_profile.yaml"),
+        "plugins": [*(f"readme_{number}.py" for number in range(len(code))), str(PLUGINS / "toy.py")],
+        "attacks": {attack: {"name": attack, "eps": "32/255"}, "noise": {"name": "noise", "eps": "32/255"}},
+        "blocks": [
+            {
+                "roles": ["classification"],
+                "defenses": ["none", defense],
+                "attacks": [attack, "noise"],
+                "threats": ["oblivious", "white_box"],
+            }
+        ],
+    }
+    (guide / "readme.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    frame = evaluated(guide, "readme.yaml", capsys)
+    assert set(frame["status"]) == {"ok"} and defense in set(frame["defense"])
+    bare = frame[(frame["defense"] == "none") & (frame["metric"] == "accuracy")]
+    left = {name: float(part["value"].max()) for name, part in bare.groupby("attack", observed=True)}
+    assert left[attack] < 0.5 * left["noise"]
 
 
 def evaluated(guide: Path, name: str, capsys: pytest.CaptureFixture[str]) -> pd.DataFrame:
@@ -188,13 +227,14 @@ def test_yaml_is_valid(page: Path) -> None:
 
 
 def commands(text: str) -> list[str]:
-    """`python -m bench …` of blocks and of inline code, without comments."""
+    """`python -m bench COMMAND` of blocks and of inline code, without comments; not where an ellipsis cuts it short."""
     lines = [
         line for language in ("sh", "") for block in blocks(text, language) for line in block.splitlines()
     ]
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
-    return [line.partition(" # ")[0].strip() for line in lines if line.startswith("python -m bench")]
+    found = [line.partition(" # ")[0].strip() for line in lines if line.startswith("python -m bench ")]
+    return [line for line in found if "…" not in line]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -205,7 +245,7 @@ def test_commands_exist(page: Path) -> None:
         name, values = chosen.info_name, chosen.params
         given = values.get("grid") or ()
         for grid in (given,) if isinstance(given, Path) else given:
-            assert (ROOT / grid).is_file() or str(grid) in YAML, line
+            assert (ROOT / grid).is_file() or str(grid) in YAML or str(grid) == "GRID", line
         if name == "train":
             recipe = values["recipe"] or values["defense"]
             assert recipe in learned or RECIPES[recipe].defense == values["defense"], line

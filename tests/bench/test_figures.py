@@ -142,6 +142,15 @@ def test_fooling_rate_and_feature_distance(ran: Path) -> None:
     assert errors["bright-0.1", "none"] == 0.25 and errors["clean", "none"] == 0
 
 
+def test_pixel_distance_is_the_mean_absolute_difference_from_the_clean_image(ran: Path) -> None:
+    lines = computed(ran, kind="bars", y=["pixel_distance"]).set_index(["defense", "attack"])
+    expected = {("none", "clean"): 0.0, ("none", "bright-0.02"): 0.02, ("none", "bright-0.1"): 0.1}
+    # `darken` takes 0.05 away, more than the weak attack adds.
+    expected |= {("darken", "clean"): 0.05, ("darken", "bright-0.02"): 0.03, ("darken", "bright-0.1"): 0.05}
+    assert lines["value"].to_dict() == pytest.approx(expected, abs=1e-6)
+    assert set(lines["n"]) == {4}
+
+
 def test_layerwise_perturbation(ran: Path) -> None:
     lines = numbers(ran, "layers")
     assert list(dict.fromkeys(lines["layer"])) == ["pixels", "conv", "head.2"]

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from bench.errors import BenchError, GridError, WeightsError
+from bench.grid import load_profile, split_spec
 from bench.protocols import Sample
 from bench.registry import MODELS
 
@@ -252,6 +253,39 @@ def test_torchvision_errors(tmp_path):
     missing = tmp_path / "none.pth"
     with pytest.raises(WeightsError, match=f"weights file {missing} does not exist"):
         MODELS.create("torchvision", {"id": "resnet50", "weights": str(missing)}).identity()
+
+
+# -- what the papers' profile names ---------------------------------------------------------------------------------
+FROM = {"timm": "the Hugging Face repository timm/", "torchvision": "https://download.pytorch.org/models/"}
+
+
+def published() -> dict[str, dict[str, str]]:
+    """Weights file of the profile -> its model: those that timm and torchvision build."""
+    specs = [split_spec(binding.model, role)[:2] for role, binding in load_profile("paper")[0].roles.items()]
+    return {params["weights"]: {"name": name, **params} for name, params in specs if name in FROM}
+
+
+@pytest.mark.parametrize("file", sorted(published()))
+def test_the_papers_models_exist_and_say_which_file_they_lack(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = published()[file]
+    name = params.pop("name")
+    source = MODELS.create(name, params)
+    for touch in (source.identity, lambda: source.load(CPU)):
+        with pytest.raises(WeightsError) as error:
+            touch()
+        text = str(error.value)
+        assert f"weights file {file} does not exist; get it from {FROM[name]}" in text
+        assert "put it there" in text and "\n" not in text
+        # torchvision's file has its published name, so that the right variant is fetched.
+        assert name == "timm" or f"models/{file} " in text
+        assert name == "torchvision" or f"timm/{params['id']} " in text
+    # Shapes alone: no memory is taken, no weights are drawn.
+    with torch.device("meta"):
+        network, classes = source._build()
+        logits = network.eval()(torch.empty(1, 3, *source._preparation.size))
+    assert logits.shape == (1, classes) == (1, 1000)
+    assert source._preparation.size == ((299, 299) if name == "timm" else (224, 224))
 
 
 class Payload:
