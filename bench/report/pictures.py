@@ -137,9 +137,8 @@ def examples_of(
     if missing:
         omitted.append(f"{missing} cells whose adversarial image is not in {store.root}: run the grid again")
     rule = "the first that its model gets right when it is clean" if image is None else f"number {image}"
-    return Pictures(
-        tuple(found), tuple(omitted), rule, "" if found else "see below"
-    )
+    why = "" if found else "see below" if omitted else "no attacked cell has finished"
+    return Pictures(tuple(found), tuple(omitted), rule, why)
 
 
 def _drawn(cell: Cell, row: Strip, share: int) -> Example:
