@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from bench.grid import Grid
-    from bench.report.pictures import Example
+    from bench.plan import Plan
+    from bench.report.page import Source
+    from bench.store import Store
 
 LOG = logging.getLogger(__name__)
 PAGE = "report.html"
 PLOTS = "plots"
+STORE = Path(".bench")
 
 
 def report_command(
@@ -31,18 +34,21 @@ def report_command(
     ] = None,
     grid: Annotated[
         Path | None,
-        typer.Option("--grid", "-g", help="Grid whose stored rows to report, with versions and pictures."),
+        typer.Option("--grid", "-g", help="Grid whose stored rows to report, with versions."),
     ] = None,
     store: Annotated[
         Path,
         typer.Option(
             "--store", envvar="BENCH_STORE", help="Folder of cached results and adversarial images."
         ),
-    ] = Path(".bench"),
+    ] = STORE,
     profile: Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most N images per role.")] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Cells per role shown as pictures; 0 = none.")] = 4,
+    pictures: Annotated[int, typer.Option(min=0, help="At most N cells with a picture; 0 = none.")] = 60,
+    max_mb: Annotated[
+        float, typer.Option("--max-mb", min=0, help="Size of the page, in MB, that pictures may fill.")
+    ] = 10,
     image: Annotated[
         int | None,
         typer.Option(
@@ -58,25 +64,23 @@ def report_command(
     """Write results as one HTML page that needs nothing else, and its plots as PNG and SVG; runs nothing."""
     from bench.cli import _open, _options
     from bench.frame import VOLATILE, cell_frame
-    from bench.report.page import Source, render_page
+    from bench.report.page import Pictures, Source, render_page
     from bench.report.plots import make_plots
     from bench.tables import _save
 
-    examples: list[Example] = []
-    omitted: list[str] = []
     versions: dict[str, str] = {}
+    stored: tuple[Plan, Store] | str
+    if not store.is_dir() and (grid is not None or store != STORE):
+        raise StoreError(f"--store: there is no folder {store}; run the grid first, or give results/NAME")
     if grid is not None:
-        from bench.report.pictures import examples_of, versions_of
+        from bench.report.pictures import versions_of
 
-        if not store.is_dir():
-            raise StoreError(f"--store: there is no folder {store}; run the grid first, or give results/NAME")
         plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
         lines = _plain(cell_frame(plan, opened).drop(columns=list(VOLATILE)))
         if not (lines["n"] > 0).any():
             raise StoreError(f"store {store} holds no results of {grid}: run the grid first")
         versions = versions_of(plan, opened)
-        if pictures:
-            examples, omitted = examples_of(plan, opened, lines, pictures, image)
+        stored = plan, opened
         source = Source(grid, plan.grid, plan.profile, limit, tuple(str(p) for p in plugin))
         target = out_dir or folder or Path("results") / plan.grid.name
     elif folder is not None:
@@ -84,12 +88,20 @@ def report_command(
         path, found = _grid_of(str(lines["grid"].iloc[0]))
         source = Source(path, found, None, _limit(lines, found), tuple(str(p) for p in plugin))
         target = out_dir or folder
+        stored = _stored(source, lines, store) if pictures else ""
     else:
         raise GridError("give a folder of results, such as results/table1, or --grid FILE")
 
     plots = make_plots(lines)
-    rule = "the first that its model gets right when it is clean" if image is None else f"number {image}"
-    page = render_page(lines, source, plots, examples, omitted, versions, rule)
+    why = stored if isinstance(stored, str) else ""
+    shown = Pictures(missing=why if pictures else "--pictures 0 asked for none")
+    page = render_page(lines, source, plots, shown, versions)
+    if pictures and not isinstance(stored, str):
+        from bench.report.pictures import examples_of
+
+        room = int(max_mb * 1e6) - len(page.encode())
+        shown = examples_of(*stored, lines, pictures, image, room)
+        page = render_page(lines, source, plots, shown, versions)
     for plot in plots:
         _save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
         _save(target / PLOTS / f"{plot.name}.png", plot.png)
@@ -97,6 +109,29 @@ def report_command(
     typer.echo(
         f"wrote {target / PAGE} ({len(page.encode()) / 1000:,.0f} kB) and {len(plots)} plots", err=True
     )
+
+
+def _stored(source: Source, lines: pd.DataFrame, store: Path) -> tuple[Plan, Store] | str:
+    """The plan behind written lines and the store of its images, or why they are not to be had."""
+    from bench.cli import _open, _options
+    from bench.errors import BenchError
+    from bench.grid import GRIDS, load_profile
+
+    if source.path is None or source.grid is None:
+        return "the grid of these results is not among the shipped ones"
+    if not store.is_dir():
+        return f"there is no store {store}"
+    seeds = sorted(set(map(int, lines["seed"])))
+    profile: str | None = str(lines["profile"].iloc[0])
+    try:
+        if load_profile(source.grid.profile)[0].name == profile:
+            profile = None  # the grid's own, which may be a path
+        path, seed = GRIDS.parent / source.path, seeds[0] if len(seeds) == 1 else None
+        return _open(
+            _options(path, profile, seed, source.limit, list(map(Path, source.plugins)), store), store
+        )
+    except BenchError as error:
+        return str(error)
 
 
 def read_results(folder: Path) -> pd.DataFrame:

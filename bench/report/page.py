@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import itertools
 import json
 import math
 import shlex
@@ -19,13 +19,12 @@ from bench.checks import FLAGS
 from bench.errors import GridError
 from bench.frame import ADAPTIVE, WORST
 from bench.report.plots import KNOWING, Plot, parameters, percent
-from bench.tables import LEVELS, TableSpec, build, notes, write_table
+from bench.tables import LEVELS, Table, TableSpec, build, notes
 
 if TYPE_CHECKING:
     from bench.grid import Grid
-    from bench.report.pictures import Example
 
-__all__ = ["MEANINGS", "Source", "render_page"]
+__all__ = ["MEANINGS", "Example", "Pictures", "Source", "render_page"]
 
 MEANINGS = {
     "clean": "not attacked",
@@ -71,14 +70,46 @@ class Source:
         return shlex.join(parts)
 
 
+@dataclass(frozen=True)
+class Example:
+    """One image of one cell.
+
+    Attributes:
+        cell: 16 characters of the cell's key.
+        image: id of the image.
+        text: what the model said of each panel, in words.
+        uri: the picture, as a data address.
+    """
+
+    cell: str
+    image: str
+    text: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a page.
+
+    Attributes:
+        examples: one a cell.
+        omitted: which cells have none, and why.
+        rule: how the image was chosen, in words.
+        missing: why there are no pictures at all.
+    """
+
+    examples: tuple[Example, ...] = ()
+    omitted: tuple[str, ...] = ()
+    rule: str = ""
+    missing: str = ""
+
+
 def render_page(
     lines: pd.DataFrame,
     source: Source,
     plots: Sequence[Plot],
-    examples: Sequence[Example] = (),
-    omitted: Sequence[str] = (),
+    pictures: Pictures,
     versions: Mapping[str, str] | None = None,
-    rule: str = "",
 ) -> str:
     """The HTML page, everything inside.
 
@@ -86,9 +117,8 @@ def render_page(
         lines: the long frame, plain columns.
         source: the grid behind it.
         plots: of `bench.report.plots.make_plots`.
-        examples, omitted: pictures of cells, and why others are missing.
+        pictures: of cells, and why others have none.
         versions: cell -> what it ran with; None or without a cell = not known.
-        rule: how the pictured image was chosen, in words.
 
     Raises:
         StoreError: parameters in the frame that are not JSON.
@@ -97,10 +127,10 @@ def render_page(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    cells = _cells(lines, source, versions or {})
-    pictured = {(e.cell, e.level_label): f"picture-{i}" for i, e in enumerate(examples)}
-    for cell in cells:
-        cell["picture"] = pictured.get((cell["cell"], cell["level_label"]), "")
+    # Most cells ran with the same versions: the page says them once.
+    sets = list(dict.fromkeys((versions or {}).values()))
+    cells = _cells(lines, source, {cell: sets.index(text) + 1 for cell, text in (versions or {}).items()})
+    _place(pictures.examples, cells)
     page = environment.get_template("page.html.j2").render(
         title=source.grid.title if source.grid and source.grid.title else str(lines["grid"].iloc[0]),
         grid=", ".join(dict.fromkeys(map(str, lines["grid"]))),
@@ -114,14 +144,12 @@ def render_page(
         flags={flag: FLAGS[flag].text if flag in FLAGS else "" for cell in cells for flag in cell["flags"]},
         choices={
             name: list(dict.fromkeys(cell[name] for cell in cells))
-            for name in ("role", "defense", "attack", "level", "state", "image_format")
+            for name in ("role", "defense", "attack", "level", "state", "image_format", "pictured")
         },
         tables=_tables(lines, source),
         plots={kind: [p for p in plots if p.kind == kind] for kind in ("levels", "scatter", "sweep")},
-        examples=[(f"picture-{i}", e, _uri(e.png)) for i, e in enumerate(examples)],
-        omitted=list(omitted),
-        rule=rule,
-        versioned=bool(versions),
+        pictures=pictures,
+        versions=sets,
         run=source.command("run", {str(k): v for k, v in lines.iloc[0].items()}),
         known=source.path is not None,
         style=Markup(_text("style.css")),  # noqa: S704
@@ -135,8 +163,18 @@ def _text(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _place(examples: Sequence[Example], cells: Sequence[dict[str, Any]]) -> None:
+    """Each picture into the row of its cell; other rows of the same cell (levels that coincide) name that row."""
+    by_cell = {example.cell: example for example in examples}
+    first: dict[str, str] = {}
+    for cell in cells:
+        example = by_cell.get(cell["cell"])
+        known = first.get(cell["cell"], "")
+        cell["example"] = None if known else example
+        cell["same"] = known
+        cell["pictured"] = "with a picture" if example else "without"
+        if example is not None:
+            first.setdefault(cell["cell"], cell["id"])
 
 
 def _roles(lines: pd.DataFrame) -> list[dict[str, Any]]:
@@ -161,7 +199,7 @@ def _defense(params: Mapping[str, Any]) -> str:
     return f"{params.get('name', '')}({inner})" + (f" [{rest}]" if rest else "")
 
 
-def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, int]) -> list[dict[str, Any]]:
     """One entry per cell: its first metric as the row, all metrics and the rest below it."""
     keys = ["grid", "role", "defense", "attack", "level_label", "seed", "image_format"]
     cells = []
@@ -192,7 +230,7 @@ def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, str]) -> 
         if int(line["repeats"]) > 1:
             details.append(("repeats", f"mean of {line['repeats']} evaluations with draws of their own"))
         if str(line["cell"]) in versions:
-            details.append(("versions", versions[str(line["cell"])]))
+            details.append(("versions", f"set {versions[str(line['cell'])]}, written out at the end"))
         cells.append(
             {
                 **{k: line[k] for k in (*keys, "level", "cell", "n", "n_total", "task", "reason", "status")},
@@ -286,15 +324,25 @@ def _harder(cell: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return (float(new["value"]) < float(old["value"])) == bool(new["up"])
 
 
-def _tables(lines: pd.DataFrame, source: Source) -> list[tuple[str, Markup]]:
+def _tables(lines: pd.DataFrame, source: Source) -> list[dict[str, Any]]:
     """The grid's own tables as it defines them; none when the grid is not known."""
     found = []
     specs: Sequence[TableSpec] = source.grid.tables if source.grid is not None else ()
-    for spec in specs:
+    for place, spec in enumerate(specs):
         try:
             table = build(lines, spec)
         except GridError:
             # Lines of an older grid file of this name may lack what a table asks for.
             continue
-        found.append((table.title, Markup(write_table(table, "html"))))  # noqa: S704 - the writer escapes
+        choices = [list(dict.fromkeys(row[i] for row in table.rows)) for i in range(len(table.row_names))]
+        found.append({"id": f"table-{place}", "table": table, "heads": _heads(table), "choices": choices})
     return found
+
+
+def _heads(table: Table) -> list[list[tuple[str, int]]]:
+    """Rows of headings above the innermost one: labels with the number of columns that each spans."""
+    heads = []
+    for depth in range(len(table.column_names) - 1):
+        spans = itertools.groupby(table.columns, key=lambda column: column[: depth + 1])
+        heads.append([(outer[-1], len(list(columns))) for outer, columns in spans])
+    return heads

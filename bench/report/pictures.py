@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
@@ -14,34 +15,20 @@ from bench.errors import BenchError
 from bench.frame import ADAPTIVE, WORST
 from bench.pictures import RIGHT, Strip, picture, strip
 from bench.plan import Cell, Plan
-from bench.runner import cell_record
+from bench.report.page import Example, Pictures
+from bench.runner import cell_record, craft_record
 from bench.store import Store
 
 LOG = logging.getLogger(__name__)
-IMAGE_BYTES = 250_000
-TOTAL_BYTES = 6_000_000
-_RESOLUTIONS = (110, 80, 55)
+TEXT_BYTES = 1_500
+"""What a picture adds to the page besides its own bytes."""
+_ENCODINGS: tuple[tuple[int, dict[str, object]], ...] = (
+    (110, {"lossless": True}),
+    (110, {"quality": 80}),
+    (80, {"quality": 80}),
+)
+"""Dots per inch and WebP options, best first. Noise does not shrink with the resolution: it is compressed before."""
 _KNOWLEDGE = ("white_box", "bpda", "gray_box", "oblivious", "transfer")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image of one cell.
-
-    Attributes:
-        cell, level_label: which cell.
-        title: role, defense, attack and level.
-        image: id of the image.
-        text: what the model said of each panel, in words.
-        png: the picture.
-    """
-
-    cell: str
-    level_label: str
-    title: str
-    image: str
-    text: str
-    png: bytes
 
 
 def versions_of(plan: Plan, store: Store) -> dict[str, str]:
@@ -62,37 +49,36 @@ def versions_of(plan: Plan, store: Store) -> dict[str, str]:
     return found
 
 
-def chosen_cells(plan: Plan, lines: pd.DataFrame, count: int) -> list[Cell]:
-    """At most `count` attacked cells of each role: no defense, then the defenses that hold best in the worst case.
+def chosen_cells(plan: Plan, lines: pd.DataFrame) -> Iterator[Cell]:
+    """The attacked cells that finished, each once, in the order in which they deserve a picture.
 
-    Of each defense: the attack, noise apart, that costs most at the most knowing level that ran.
+    Of every role, defense and level, first the attack, noise apart, that costs most, then the next one. Within a round
+    the most knowing level first; there no defense, then the defenses that hold best in the worst case, roles in turns.
     """
-    chosen: list[Cell] = []
-    for role in dict.fromkeys(lines["role"]):
-        part = lines[(lines["role"] == role) & (lines["status"] == "ok")]
-        part = part[part["metric"] == lines[lines["role"] == role]["metric"].iloc[0]]
-        if not len(part):
-            continue
-        sign = 1.0 if bool(part["higher_is_better"].iloc[0]) else -1.0
-        worst = part[(part["attack"] == WORST) & (part["level"] == ADAPTIVE)]
-        held = {d: sign * v for d, v in zip(worst["defense"], worst["value"], strict=True)}
-        names = sorted(
-            dict.fromkeys(part["defense"]), key=lambda d: (d != "none", -held.get(d, float("-inf")))
-        )
-        for defense in names[:count]:
-            ran = part[(part["defense"] == defense) & ~part["attack"].isin((WORST, "clean"))]
-            ran = ran[ran["attack_name"] != "noise"]
-            level = next((known for known in _KNOWLEDGE if (ran["level"] == known).any()), None)
-            if level is None:
-                continue
-            ran = ran[ran["level"] == level]
-            line = ran.iloc[int((sign * ran["value"]).to_numpy().argmin())]
-            chosen += [
-                cell
-                for cell in plan.cells
-                if cell.key.startswith(line["cell"]) and cell.level_label == line["level_label"]
-            ][:1]
-    return chosen
+    main = lines.groupby("role", sort=False)["metric"].transform("first")
+    part = lines[(lines["status"] == "ok") & (lines["metric"] == main)]
+    part = part.assign(left=part["value"].where(part["higher_is_better"].astype(bool), -part["value"]))
+    worst = part[(part["attack"] == WORST) & (part["level"] == ADAPTIVE)]
+    held = {
+        (role, defense): (defense != "none", -left)
+        for role, defense, left in worst[["role", "defense", "left"]].itertuples(index=False)
+    }
+    ran = part[part["level"].isin(_KNOWLEDGE) & ~part["attack"].isin((WORST, "clean"))]
+    ran = ran[ran["attack_name"] != "noise"]
+    places: dict[tuple[str, str], int] = {}
+    for role, group in ran.groupby("role", sort=False):
+        names = dict.fromkeys(group["defense"])
+        ordered = sorted(names, key=lambda d: held.get((role, d), (d != "none", float("inf"))))
+        places |= {(str(role), defense): place for place, defense in enumerate(ordered)}
+    ran = ran.assign(
+        round=ran.groupby(["role", "defense", "level"])["left"].rank(method="first"),
+        known=ran["level"].map(_KNOWLEDGE.index),
+        place=[places[key] for key in zip(ran["role"], ran["defense"], strict=True)],
+    ).sort_values(["round", "known", "place"], kind="stable")
+    cells = {(cell.key[:16], cell.level_label): cell for cell in plan.cells}
+    for key in ran.drop_duplicates("cell")[["cell", "level_label"]].itertuples(index=False, name=None):
+        if key in cells:
+            yield cells[key]
 
 
 def first_right(plan: Plan, store: Store, role: str) -> int:
@@ -112,53 +98,63 @@ def first_right(plan: Plan, store: Store, role: str) -> int:
 
 
 def examples_of(
-    plan: Plan, store: Store, lines: pd.DataFrame, count: int, image: int | None
-) -> tuple[list[Example], list[str]]:
-    """Pictures of `count` cells a role, and what was left out and why.
+    plan: Plan, store: Store, lines: pd.DataFrame, count: int, image: int | None, room: int
+) -> Pictures:
+    """One picture of each of `count` cells, and what was left out and why.
 
     Args:
         plan, store: the grid and where its adversarial images are.
         lines: the long frame.
-        count: cells a role.
+        count: at most so many cells.
         image: position in the dataset (the last image of a smaller one); None = see `first_right`.
+        room: bytes that they may add to the page.
     """
     found: list[Example] = []
     omitted: list[str] = []
+    missing = 0
+    share = room // count
     device = torch.device("cpu")
     places: dict[str, int] = {}
-    for cell in chosen_cells(plan, lines, count):
+    for cell in chosen_cells(plan, lines):
+        if len(found) == count:
+            break
         role = cell.target.role
         if role not in places:
             places[role] = first_right(plan, store, role) if image is None else image
-        place = min(places[role], len(cell.target.ids) - 1)
+        name = cell.target.ids[min(places[role], len(cell.target.ids) - 1)]
+        if cell.craft is None or craft_record(store, cell.craft).missing([name]):
+            missing += 1
+            continue
         try:
-            row = strip(cell, store, place, device)
+            row = strip(cell, store, name, device)
         except BenchError as error:
             omitted.append(str(error))
             continue
-        png, text = _drawn(row)
-        if len(png) > IMAGE_BYTES:
-            omitted.append(f"{cell.label}: its picture takes more than {IMAGE_BYTES // 1000} kB")
-            continue
-        if sum(len(e.png) for e in found) + len(png) > TOTAL_BYTES:
+        example = _drawn(cell, row, share)
+        size = len(example.uri) + TEXT_BYTES
+        if size > room:
             omitted.append(
-                f"{cell.label} and what follows: pictures take {TOTAL_BYTES // 1_000_000} MB already"
+                f"{cell.label} and what follows: the page has no room for more; --max-mb allows more"
             )
             break
-        title = f"{cell.target.role}: {cell.defense_label} against {cell.attack_label}, {cell.level_label}"
-        found.append(Example(cell.key[:16], cell.level_label, title, cell.target.ids[place], text, png))
-    return found, omitted
+        room -= size
+        found.append(example)
+    if missing:
+        omitted.append(f"{missing} cells whose adversarial image is not in {store.root}: run the grid again")
+    rule = "the first that its model gets right when it is clean" if image is None else f"number {image}"
+    why = "" if found else "see below" if omitted else "no attacked cell has finished"
+    return Pictures(tuple(found), tuple(omitted), rule, why)
 
 
-def _drawn(row: Strip) -> tuple[bytes, str]:
-    """The picture at the best resolution that fits, and the captions below its panels."""
+def _drawn(cell: Cell, row: Strip, share: int) -> Example:
+    """The best picture that takes at most `share` bytes, or the smallest; the captions of its panels."""
     figure = picture([row])
     captions = [f"{axes.get_title()}: {axes.get_xlabel()}" for axes in figure.axes if axes.get_xlabel()]
-    data = b""
-    for dpi in _RESOLUTIONS:
+    uri = ""
+    for dpi, options in _ENCODINGS:
         sink = io.BytesIO()
-        figure.savefig(sink, format="png", dpi=dpi, metadata={"Software": None})
-        data = sink.getvalue()
-        if len(data) <= IMAGE_BYTES:
+        figure.savefig(sink, format="webp", dpi=dpi, pil_kwargs=options)
+        uri = "data:image/webp;base64," + base64.b64encode(sink.getvalue()).decode()
+        if len(uri) + TEXT_BYTES <= share:
             break
-    return data, "; ".join(captions)
+    return Example(cell.key[:16], row.image, "; ".join(captions), uri)

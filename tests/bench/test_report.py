@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -19,6 +23,7 @@ from PIL import Image
 from bench.checks import FLAGS
 from bench.cli import main
 from bench.report.page import MEANINGS
+from bench.report.pictures import chosen_cells
 from bench.report.plots import main_lines, make_plots
 from bench.tables import LEVELS
 from tests.bench.browser import MISSING, Browser
@@ -226,43 +231,105 @@ def test_mistakes_are_one_line(
     assert said in printed and printed.count("\n") == 1
 
 
-def test_from_a_store_with_pictures(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A grid that has run in a folder: its store s, its results o."""
+    folder = tmp_path_factory.mktemp("stored")
     block = {
         "roles": ["classification"],
         "defenses": ["none", "jpeg"],
         "attacks": ["pgd"],
         "threats": ["oblivious"],
     }
-    grid = tmp_path / "toy.yaml"
-    grid.write_text(yaml.safe_dump({**GRID, "blocks": [block], "evaluate": {"repeats": 1}}))
-    common = [
-        "--grid",
-        str(grid),
-        "--store",
-        str(tmp_path / "s"),
-        "--out",
-        str(tmp_path / "o"),
-        "--limit",
-        "3",
-    ]
-    main(["run", *common, "-q"])
+    table = {"name": "all", "rows": ["defense"], "columns": ["level_label", "attack"], "metric": "accuracy"}
+    grid = folder / "grids" / "toy.yaml"
+    grid.parent.mkdir()
+    grid.write_text(
+        yaml.safe_dump(
+            {
+                **GRID,
+                "images": {"classification": 3},
+                "blocks": [block],
+                "evaluate": {"repeats": 1},
+                "tables": [table],
+            }
+        )
+    )
+    main(["run", "--grid", str(grid), "--store", str(folder / "s"), "--out", str(folder / "o"), "-q"])
+    return grid, folder
+
+
+def test_from_a_store_with_pictures(stored: tuple[Path, Path], tmp_path: Path) -> None:
+    grid, folder = stored
+    shutil.copytree(folder / "o", tmp_path / "o")
+    common = ["--grid", str(grid), "--store", str(folder / "s"), "--out", str(tmp_path / "o"), "--limit", "3"]
     main(["report", *common])
     text = (tmp_path / "o" / "report.html").read_text()
     pictures = re.findall(
-        r'<figure id="(picture-\d)".*?src="data:image/png;base64,([^"]+)" alt="([^"]*)"', text, re.S
+        r'<tbody id="cell-\d+"(?:(?!</tbody>).)*?src="data:image/webp;base64,([^"]+)" alt="([^"]*)"',
+        text,
+        re.S,
     )
-    assert [name for name, _, _ in pictures] == ["picture-0", "picture-1"]
-    assert all("attacked, purified:" in alt for _, _, alt in pictures)
-    assert 'href="#picture-1"' in text and "torch 2" in text
+    assert [alt.split(",")[0] for _, alt in pictures] == [
+        f"classification: {defense} against pgd" for defense in ("none", "jpeg")
+    ]
+    assert all("attacked, purified:" in alt for _, alt in pictures)
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0][0]))) as image:
+        assert image.size[0] > 3 * image.size[1]
+    assert text.count("versions, set 1</dt>") == 1 and "torch 2" in text
     assert f"--grid {grid} --profile" in text and "--limit 3" in text
     # The pictured image is one that is right when clean, so that what the attack does is seen.
-    truth, clean = (re.search(rf"{part}: (\w+)", pictures[0][2]) for part in ("ground truth", "; clean"))
+    truth, clean = (re.search(rf"{part}: (\w+)", pictures[0][1]) for part in ("ground truth", "; clean"))
     assert truth is not None and clean is not None and truth[1] == clean[1]
+    # No room, no picture; and the page says so.
+    main(["report", *common, "--max-mb", "0.01", "--out", str(tmp_path / "small")])
+    small = (tmp_path / "small" / "report.html").read_text()
+    assert "data:image/webp" not in small and "the page has no room" in small
     # The stored lines and the written ones make the same rows.
     main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "again")])
     again = (tmp_path / "again" / "report.html").read_text()
     rows = [re.findall(r'<td data-l="score"[^>]*>.*?</td>', page, re.S) for page in (text, again)]
     assert rows[0] == rows[1] and len(rows[0]) > 3
+    assert "No cell shows an image: the grid of these results is not among the shipped ones" in again
+
+
+def test_written_lines_of_a_shipped_grid_find_their_pictures(
+    stored: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, folder = stored
+    monkeypatch.setattr("bench.grid.GRIDS", grid.parent)
+    report = ["report", str(folder / "o"), "--out", str(tmp_path)]
+    main([*report, "--store", str(folder / "s"), "--pictures", "1"])
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("data:image/webp") == 1 and text.count('data-pictured="with a picture"') == 1
+    # Once the images are gone the page tells how many cells lack them.
+    shutil.copytree(folder / "s" / "cells", tmp_path / "bare" / "cells")
+    main([*report, "--store", str(tmp_path / "bare")])
+    text = (tmp_path / "report.html").read_text()
+    assert "data:image/webp" not in text and "2 cells whose adversarial image is not in" in text
+    with pytest.raises(SystemExit):
+        main([*report, "--store", str(tmp_path / "absent")])
+
+
+def test_the_costliest_attacks_are_pictured_first(folder: Path) -> None:
+    lines = read(folder)
+    ran = lines["cell"] != ""
+    names = {cell: f"{place:016d}" for place, cell in enumerate(dict.fromkeys(lines["cell"][ran]))}
+    lines["cell"] = lines["cell"].map(names).fillna("")
+    cells = [
+        SimpleNamespace(key=key + "f" * 48, level_label=level)
+        for key, level in lines[ran].drop_duplicates("cell")[["cell", "level_label"]].to_numpy()
+    ]
+    order = [cell.key[:16] for cell in chosen_cells(SimpleNamespace(cells=cells), lines)]  # type: ignore[arg-type]
+    blur = "<b>&blur"
+    # Attackers who know before those who do not, no defense first; clean and skipped cells never.
+    expected = [f"{defense}pgd-8-10{level}" for level in ("bpda", "oblivious") for defense in ("none", blur)]
+    assert order[:4] == [names[cell] for cell in expected]
+    # The next costliest then: pgd-8-20 is as costly as pgd-8-10, oblivious has pgd-4-10 only.
+    expected = [f"{d}pgd-{a}" for a in ("8-20bpda", "4-10oblivious") for d in ("none", blur)]
+    assert order[4:8] == [names[cell] for cell in expected]
+    # Three oblivious attacks and five that know, before two defenses.
+    assert len(order) == len(set(order)) == 16
 
 
 # -- in a browser ---------------------------------------------------------------------------------------------------
@@ -283,7 +350,7 @@ def page(browser: Browser, folder: Path) -> Browser:
 
 
 SHOWN = "return [...document.querySelectorAll('#cells-table tbody')].filter((t) => t.offsetHeight)"
-COUNT = "return document.getElementById('count').textContent"
+COUNT = "return document.querySelector('#filters output').textContent"
 
 
 def column(page: Browser, table: str, place: int) -> list[str]:
@@ -303,7 +370,7 @@ def test_browser_fetches_nothing_and_says_nothing(browser: Browser, folder: Path
     asked = [address for address in browser.requests() if not address.startswith("data:")]
     assert asked == [(folder / "report.html").resolve().as_uri()]
     browser.click("#cells-table thead th:nth-child(5) button")
-    browser.type("#search", "pgd")
+    browser.type("#filters [type=search]", "pgd")
     browser.click("#cells-table .more")
     assert browser.log("browser") == []
     assert all(address.startswith("data:") for address in browser.requests())
@@ -340,7 +407,7 @@ def test_filtering(page: Browser) -> None:
     assert page.run(SHOWN + ".length") == 12
     choose(page, "[data-filter=defense]", "<b>&blur")
     assert page.run(SHOWN + ".map((t) => t.dataset.defense + t.dataset.level)") == ["<b>&blurbpda"] * 6
-    page.type("#search", "below-NOISE steps")
+    page.type("#filters [type=search]", "below-NOISE steps")
     assert page.run(SHOWN + ".map((t) => t.dataset.attack)") == ["pgd-8-20"]
     choose(page, "[data-filter=state]", "skipped")
     assert page.run(COUNT) == f"0 of {total} cells"
@@ -378,9 +445,9 @@ def test_no_width_is_too_small(page: Browser, width: int) -> None:
     assert page.run("return document.documentElement.scrollWidth") <= width
     if width < 640:
         # Cards: no heading to click, so a list to sort by.
-        choose(page, "#sort-by", "4 descending")
+        choose(page, "#filters .sort-by", "4 descending")
         assert column(page, "#cells-table", 4)[0] == "95.0"
-        assert page.run("return document.getElementById('sort-by').offsetHeight") > 0
+        assert page.run("return document.querySelector('#filters .sort-by').offsetHeight") > 0
 
 
 def test_light_dark_and_print(page: Browser) -> None:
@@ -401,3 +468,71 @@ def test_light_dark_and_print(page: Browser) -> None:
             assert 0 < width <= 700 and height > 0
     finally:
         page.cdp("Emulation.setEmulatedMedia", media="", features=[])
+
+
+@pytest.fixture()
+def pictured(browser: Browser, stored: tuple[Path, Path], tmp_path: Path) -> Browser:
+    grid, folder = stored
+    main(["report", "--grid", str(grid), "--store", str(folder / "s"), "--out", str(tmp_path)])
+    browser.size(1280, 900)
+    browser.open(tmp_path / "report.html")
+    return browser
+
+
+def test_tables_of_the_grid_sort_and_filter(pictured: Browser) -> None:
+    page = pictured
+    page.click("details.table summary")
+    # defense, clean, oblivious / pgd
+    order = column(page, "#table-0", 2)
+    assert len(order) == 2
+    head = "#table-0 thead tr:last-child th:nth-child(3)"
+    for direction in (1, -1):
+        page.click(f"{head} button")
+        assert column(page, "#table-0", 2) == sorted(order, key=lambda v: direction * float(v))
+    page.click(f"{head} button")
+    assert column(page, "#table-0", 2) == order
+    form = "form[data-table=table-0]"
+    choose(page, f"{form} [data-filter=h1]", "jpeg")
+    names = "return [...document.getElementById('table-0').tBodies].filter((t) => t.offsetHeight)"
+    assert page.run(names + ".map((t) => t.dataset.h1)") == ["jpeg"]
+    assert page.run(f"return document.querySelector('{form} output').textContent") == "1 of 2 rows"
+    assert page.run(COUNT).startswith("{0} of {0} ".format(len(column(page, "#cells-table", 4))))
+
+
+def test_pictures_stand_in_their_rows(pictured: Browser) -> None:
+    page = pictured
+    size = "const i = document.querySelector('#cells-table .detail img'); return [i.naturalWidth, i.offsetHeight]"
+    width, height = page.run(size)
+    assert width > 500 and height == 0
+    page.click("#pictures a")
+    page.run("return new Promise((done) => setTimeout(done, 50))")
+    assert page.run(size)[1] > 50
+    choose(page, "[data-filter=pictured]", "with a picture")
+    assert page.run(SHOWN + ".map((t) => t.dataset.defense)") == ["none", "jpeg"]
+    page.size(390, 800)
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
+def test_paper_has_what_is_folded(pictured: Browser) -> None:
+    page = pictured
+    height = "return [...document.querySelectorAll(arguments[0])].map((e) => e.checkVisibility())"
+    parts = ("#cells-table tbody:not([hidden]) .detail .command", "#table-0")
+    choose(page, "[data-filter=defense]", "jpeg")
+    assert not any(shown for part in parts for shown in page.run(height, part))
+    page.cdp("Emulation.setEmulatedMedia", media="print", features=[])
+    try:
+        page.run("return new Promise((done) => setTimeout(done, 100))")
+        for part in parts:
+            shown = page.run(height, part)
+            assert shown and all(shown)
+        # What a filter hides stays off the paper.
+        assert not any(page.run(height, "#cells-table tbody[hidden] .command"))
+    finally:
+        page.cdp("Emulation.setEmulatedMedia", media="", features=[])
+    page.run("return new Promise((done) => setTimeout(done, 100))")
+    assert page.run(height, "#table-0") == [False]
+    # As a browser that prints announces it.
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    assert page.run(height, "#table-0") == [True]
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(height, "#table-0") == [False]
