@@ -13,6 +13,7 @@ from bench.checks import FLAGS
 from bench.cli import main
 from bench.errors import BenchError, GridError
 from bench.frame import cell_frame
+from bench.grid import GRIDS
 from bench.plan import Options, Plan, make_plan
 from bench.runner import pending
 from bench.store import Store
@@ -114,6 +115,43 @@ def test_planted_faults_are_found_and_sound_cells_are_not(judged: Audit) -> None
         "below-noise",
     }
     assert found == {}
+
+
+def test_the_shipped_grid_finds_its_faults_and_nothing_else(tmp_path: Path) -> None:
+    """The same faults in front of a trained network."""
+    grid = GRIDS / "audit.yaml"
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "run",
+                "--grid",
+                str(grid),
+                "--store",
+                str(tmp_path / "s"),
+                "--out",
+                str(tmp_path),
+                "--workers",
+                "1",
+            ]
+        )
+    assert stopped.value.code == 2
+    result = audit(make_plan(Options(grid)), Store(tmp_path / "s"))
+    role, weak = "classification", {"below-single-step", "fails-unit-test"}
+    lost = weak | {"below-noise", "weak-on-undefended"}
+    assert suspicions(result) == {
+        (role, "none", "few_steps", "oblivious"): weak,
+        (role, "none", "descent", "oblivious"): lost,
+        (role, "none", "clean_start", "oblivious"): lost | {"zero-gradient", "unchanged"},
+        (role, "quantise", "pgd", "white_box"): {"zero-gradient", "below-noise", "full-gradient-suspect"},
+        (role, "random", "pgd", "white_box"): {"no-eot"},
+        ("saturated", "none", "pgd", "oblivious"): {"zero-gradient", "below-noise", "weak-on-undefended"},
+        ("swapped", "none", "clean", "clean"): {"channels-swapped", "clean-off-reference"},
+        ("swapped", "none", "noise", "oblivious"): {"channels-swapped"},
+    }
+    assert {(c.defense_label, c.attack_label) for c, _ in result.stopped} == {
+        ("none", "overshoot"), ("none", "meddler"), ("global", "clean"), ("global", "pgd")
+    }  # fmt: skip
+    assert len(result.judged) == 27
 
 
 def test_what_breaks_the_rules_is_stopped(judged: Audit) -> None:
