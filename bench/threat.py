@@ -160,7 +160,7 @@ class ModelOracle:
         self._allow("gradient")
         call = self._next_call()
         value = torch.zeros(len(images), device=images.device)
-        grad = torch.zeros_like(images)
+        grad: Tensor | None = None
         for draw in range(self._draws):
             with self._drawing(call, draw), torch.enable_grad():
                 x = images.detach().clone().requires_grad_(True)
@@ -169,9 +169,12 @@ class ModelOracle:
                 (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
             value += values.detach().float() / self._draws
             if g is not None:
-                grad += g / self._draws
+                part = g / self._draws if self._draws > 1 else g
+                grad = part if grad is None else grad + part
             for trace in self.traces:
                 trace.backwards += 1
+        if grad is None:
+            grad = torch.zeros_like(images)
         flat = grad.flatten(1)
         # A finite sum has finite terms: the pass over every entry is for the images where it is not.
         finite = flat.sum(1).isfinite()
