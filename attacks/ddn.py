@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.iterative import Steps
-from attacks.minimal import Closest, MinimalNorm, Score, Working, beyond, keep, lengths, look, per_image
+from attacks.minimal import Closest, MinimalNorm, Score, Working, keep, lengths, look, per_image
+from attacks.scores import asked
 from bench.protocols import ImageRNG
 from bench.registry import ATTACKS
 
@@ -112,7 +113,8 @@ class DDN(MinimalNorm):
         for _ in range(self.refine):
             middle = (low + high) / 2
             images = self._image(work.clean + per_image(middle) * delta)
-            success = beyond(work.oracle, images, work.labels, self.target is not None) > 0
+            margin, _ = asked(work.oracle, images, "margin", work.labels, self.target is not None)
+            success = margin > 0
             best.offer(work.index, images, lengths(images - work.clean), success)
             low, high = torch.where(success, low, middle), torch.where(success, middle, high)
 

@@ -85,11 +85,6 @@ def look(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool, score: 
     return Look(_mean(scored.margins), _mean(scored.logits), finite(grad))
 
 
-def beyond(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """The margins (B,) of `look`, where no gradient is wanted."""
-    return oracle.value(images, _Scored(labels, targeted, None))
-
-
 def _mean(draws: Sequence[Tensor]) -> Tensor:
     return draws[0] if len(draws) == 1 else torch.stack(list(draws)).mean(0)
 

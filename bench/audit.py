@@ -136,7 +136,7 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
             if not undefended(cell) and (cell.target.role, cell.attack_label) not in bare:
                 bare.add((cell.target.role, cell.attack_label))
                 out.append(Extra("V5", "undefended", _undefended(parent), parent))
-        elif undone_by_noise(cell) and cell.defense.name != "noise":
+        elif undone_by_noise(cell):
             out.append(Extra("V20", "noise defense", _defended(parent, "noise", {"eps": "8/255"}), parent))
     return out
 

@@ -435,11 +435,11 @@ def direct(attack: Attack | None) -> bool:
 
 
 def undone_by_noise(cell: Cell) -> bool:
-    """The attack looks for the nearest adversarial image of another pipeline: any disturbance may undo it."""
+    """V20 applies: the attack looks for the nearest adversarial image of another pipeline than one with noise."""
     attack = cell.attack
     if attack is None or attack.eps is not None or not by_gradient(attack):
         return False
-    return cell.level in ("oblivious", "transfer")
+    return cell.level in ("oblivious", "transfer") and cell.defense.name != "noise"
 
 
 def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -753,7 +753,7 @@ def _across_defenses(
         if not cells or undefended(cells[0]):
             continue
         for cell in cells:
-            if not undone_by_noise(cell) or cell.defense.name == "noise":
+            if not undone_by_noise(cell):
                 continue
             for other in named(role, image_format, "noise"):
                 same = (other.attack_label, other.level_label) == (cell.attack_label, cell.level_label)
