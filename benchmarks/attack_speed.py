@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from bench.protocols import TargetModel
 from bench.registry import MODELS
-from benchmarks.contestants import Case, Network, digits, markdown
+from benchmarks.contestants import Case, Network, digits, markdown, table
 
 EPS, ALPHA = 8 / 255, 2 / 255
 
@@ -266,14 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"{case.label} ...", style="dim")
         seen = measure(case, target, counter, images[:count], labels[:count], options.repeats)
         groups.append(cells(case, count, seen))
-    table = Table(title="attack speed: mini_wrn, mini_digits, one thread")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in WORDS else "right")
+    printed = table("attack speed: mini_wrn, mini_digits, one thread", HEADER, WORDS)
     for rows in groups:
         for row in rows:
-            table.add_row(*row)
-        table.add_section()
-    console.print(table)
+            printed.add_row(*row)
+        printed.add_section()
+    console.print(printed)
     if options.markdown is not None:
         options.markdown.write_text(markdown(HEADER, [*itertools.chain(*groups)], WORDS), encoding="utf-8")
 

@@ -30,13 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import binomtest
 from torch import Tensor
 
 from bench.protocols import TargetModel
 from bench.registry import ATTACKS, MODELS
-from benchmarks.contestants import Case, digits, markdown
+from benchmarks.contestants import Case, digits, markdown, table
 
 INF = float("inf")
 EPS, ALPHA, L2, L2_ALPHA = "4/255", "1/255", 0.5, 0.125
@@ -554,12 +553,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"{case.label}: {time.perf_counter() - begun:.1f} s", style="dim")
         if options.csv is not None:
             save(rows, options.csv)
-    table = Table(title=f"attack strength: mini_wrn, {options.count} test digits")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in WORDS else "right")
+    printed = table(f"attack strength: mini_wrn, {options.count} test digits", HEADER, WORDS)
     for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+        printed.add_row(*cells(row))
+    console.print(printed)
     if options.markdown is not None:
         options.markdown.write_text(markdown(HEADER, [*map(cells, rows)], WORDS), encoding="utf-8")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,7 +184,15 @@ LIBRARIES = {
 }
 
 
+def table(title: str, header: Sequence[str], words: Container[str]) -> Table:
+    """An empty table for the terminal; columns named in `words` stand left, numbers right."""
+    made = Table(title=title)
+    for name in header:
+        made.add_column(name, justify="left" if name in words else "right")
+    return made
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: Container[str]) -> str:
-    """A table in markdown; columns named in `words` stand left, numbers right."""
+    """The same with its rows, in markdown."""
     rule = ["---" if name in words else "--:" for name in header]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
