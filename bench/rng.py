@@ -29,16 +29,34 @@ class ImageRNG:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = tuple(int(seed) for seed in seeds)
+        self._seeds: tuple[int, ...] | None = tuple(int(seed) for seed in seeds)
+        self._count = len(self._seeds)
+        self._derive: Callable[[], Iterable[int]] | None = None
         self._generators: list[torch.Generator] | None = None
+
+    @classmethod
+    def _lazy(cls, count: int, derive: Callable[[], Iterable[int]]) -> ImageRNG:
+        """`count` streams whose seeds are derived on first use: attacks fork at every step, and most draw nothing."""
+        made = cls(())
+        made._seeds, made._count, made._derive = None, count, derive
+        return made
 
     @classmethod
     def for_images(cls, key: object, ids: Iterable[str]) -> ImageRNG:
         """Streams for the images `ids` inside the cell `key`."""
-        return cls([derive_seed(key, image_id) for image_id in ids])
+        names = list(ids)
+        return cls._lazy(len(names), lambda: (derive_seed(key, name) for name in names))
 
     def __len__(self) -> int:
-        return len(self.seeds)
+        return self._count
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One integer per image."""
+        if self._seeds is None:
+            assert self._derive is not None
+            self._seeds = tuple(self._derive())
+        return self._seeds
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -49,7 +67,7 @@ class ImageRNG:
 
     def fork(self, *name: object) -> ImageRNG:
         """New streams that depend on the seeds and `name` alone, not on what was drawn so far."""
-        return ImageRNG([derive_seed(seed, *name) for seed in self.seeds])
+        return self._lazy(len(self), lambda: (derive_seed(seed, *name) for seed in self.seeds))
 
     def select(self, index: Sequence[int] | Tensor) -> ImageRNG:
         """The streams of some of the images; they go on from where they are."""

@@ -134,7 +134,7 @@ class ModelOracle:
         self.victim = victim
         self.attack = attack
         self.num_classes = victim.models[0].num_classes
-        self.traces = list(traces) if traces is not None else [Trace() for _ in rng.seeds]
+        self.traces = list(traces) if traces is not None else [Trace() for _ in range(len(rng))]
         self._rng = rng
         self._calls = calls
         self._draw: ImageRNG | None = None
@@ -176,11 +176,14 @@ class ModelOracle:
         if grad is None:
             grad = torch.zeros_like(images)
         flat = grad.flatten(1)
-        # A finite sum has finite terms: the pass over every entry is for the images where it is not.
+        # Cheap forms of questions about every entry: a finite sum has finite terms, and the signs add up, exactly in
+        # float32, to the count of the others.
         finite = flat.sum(1).isfinite()
-        if not finite.all():
-            finite = torch.isfinite(flat).all(1)
-        zero = (1 - flat.count_nonzero(1) / flat.shape[1]).tolist()
+        if finite.all():
+            nonzero = flat.sign().abs_().sum(1)
+        else:
+            finite, nonzero = torch.isfinite(flat).all(1), flat.count_nonzero(1)
+        zero = (1 - nonzero / flat.shape[1]).tolist()
         largest = flat.abs().amax(1).tolist() if any(not t.steps for t in self.traces) else [0.0] * len(flat)
         for trace, v, z, f, m in zip(
             self.traces, value.tolist(), zero, finite.tolist(), largest, strict=True
