@@ -95,7 +95,8 @@ class Iterative(Attack):
         steps: number of gradient steps N.
         step: `sign`, `l2` (unit length) or `linf` (the gradient over its largest entry); None = the one that goes with
             the norm.
-        start: where the first step begins: `none`, `uniform` in the ball, `normal` noise, `sign` noise.
+        start: where the first step begins: `none`, `uniform` in the ball, `radial` (l2: a random direction and a
+            uniform length), `normal` noise, `sign` noise.
         start_scale: radius, standard deviation or size of the start; None = eps, 0.001 and eps / 2.
         restarts: runs from different random starts, of which the best is kept for each image.
         momentum: decay factor mu; 0 = none.
@@ -197,6 +198,8 @@ class Iterative(Attack):
         check_radius(norm, alpha, "alpha")
 
     def _scale_of(self, kind: StartKind, given: Fraction | None) -> float:
+        if kind == "radial" and self.norm != "l2":
+            raise ValueError("start 'radial' goes with norm l2")
         if kind == "none":
             if given is not None:
                 raise ValueError("start_scale needs a start other than 'none'")
@@ -209,7 +212,7 @@ class Iterative(Attack):
             return 0.001
         if self.eps is None:
             raise ValueError("start_scale is required without eps")
-        return float(self.eps if kind == "uniform" else self.eps / 2)
+        return float(self.eps / 2 if kind == "sign" else self.eps)
 
     # -- what the harness asks ------------------------------------------------------------------------------------
     def loss_kinds(self) -> Iterable[str]:

@@ -128,7 +128,8 @@ class PGD(Iterative):
         loss: see `iterative`.
         kappa: confidence at which `margin` stops; None = never.
         norm: linf or l2.
-        start: `uniform` in the ball, `normal` noise of standard deviation 0.001, or `none`.
+        start: `uniform` in the ball, `radial` (l2: a random direction and a uniform length), `normal` noise of
+            standard deviation 0.001, or `none`.
         restarts: random starts, of which the best is kept for each image.
         best_by: what is best: the larger `loss`, or `fooled` first (classification).
         target: rule for a wrong target; None = untargeted.
@@ -144,7 +145,7 @@ class PGD(Iterative):
         loss: str = "ce",
         kappa: float | None = None,
         norm: Norm = "linf",
-        start: Literal["uniform", "normal", "none"] = "uniform",
+        start: Literal["uniform", "radial", "normal", "none"] = "uniform",
         restarts: Annotated[int, Field(ge=1)] = 1,
         best_by: Literal["loss", "fooled"] = "loss",
         target: str | None = None,

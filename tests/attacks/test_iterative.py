@@ -196,7 +196,7 @@ def test_every_attack_keeps_its_promises(lab, name, params):
     levels=st.integers(1, 128),
     alpha=st.integers(1, 255),
     norm=st.sampled_from(["linf", "l2"]),
-    start=st.sampled_from(["none", "uniform", "normal", "sign"]),
+    start=st.sampled_from(["none", "uniform", "radial", "normal", "sign"]),
     momentum=st.sampled_from([0.0, 1.0]),
     kernel=st.sampled_from([None, 3, 15]),
     diversity=st.sampled_from([0.0, 0.5, 1.0]),
@@ -206,6 +206,8 @@ def test_every_attack_keeps_its_promises(lab, name, params):
 def test_budget_and_range(
     lab, count, size, levels, alpha, norm, start, momentum, kernel, diversity, dtype, seed
 ):
+    if norm == "linf" and start == "radial":
+        start = "uniform"
     attack = ATTACKS.create(
         "iterative",
         {
@@ -461,6 +463,7 @@ def test_what_an_attack_declares():
         ("iterative", {"return_best": True, "di_prob": 0.5}, "input diversity makes random"),
         ("iterative", {"start": "uniform", "start_scale": "9/255"}, "larger than eps"),
         ("iterative", {"start_scale": "9/255"}, "needs a start"),
+        ("pgd", {"start": "radial"}, "goes with norm l2"),
         ("fgsm", {"labels": "predicted", "target": "random"}, "no meaning"),
     ],
 )
@@ -491,6 +494,8 @@ def test_uniform_start_fills_the_ball(lab):
         # P(size <= r) = (r / eps)^12 in twelve dimensions.
         share = float((size <= 0.1 * 0.5 ** (1 / 12)).float().mean())
         assert abs(share - 0.5) < 0.1
+    length = (start("radial", 0.1, "l2", images, lab.rng(400)) - images).flatten(1).norm(dim=1)
+    assert length.max() <= 0.1 + 1e-6 and abs(float((length <= 0.03).float().mean()) - 0.3) < 0.1
     noise = start("normal", 0.001, "linf", images, lab.rng(400)) - images
     assert abs(float(noise.std()) - 0.001) < 5e-5
     signs = start("sign", 0.01, "linf", images, lab.rng(400)) - images

@@ -1,0 +1,81 @@
+"""Images without ground truth, from the grid to the table: attacked, marked, and no number made of nothing."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PLUGIN = Path(__file__).resolve().parents[1] / "plugins" / "empty_truth.py"
+BUDGET = {"eps": "8/255", "alpha": "2/255", "steps": 5}
+SEGMENTATION: dict[str, Any] = {
+    "bim": {"name": "bim", **BUDGET},
+    "bim-t": {"name": "bim", **BUDGET, "target": "next"},
+    "segpgd": {"name": "segpgd", **BUDGET},
+    "cw_seg": {"name": "cw_seg", **BUDGET},
+    "deepfool_seg": {"name": "deepfool_seg", "eps": "8/255"},
+    "sea": {"name": "sea", "eps": "8/255", "steps": 2},
+}
+DETECTION: dict[str, Any] = {
+    "loc": {"name": "bim", "loss": "loc", **BUDGET},
+    "dag": {"name": "dag", "eps": "8/255", "steps": 2},
+    "tog-mislabelling": {"name": "tog", "mode": "mislabelling", **BUDGET},
+    "tog-vanishing": {"name": "tog", "mode": "vanishing", **BUDGET},
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "attacks", "metric"),
+    [
+        ("ignored_scenes", "mini_pspnet", SEGMENTATION, "miou"),
+        ("empty_scenes", "mini_ssd", DETECTION, "box_map50"),
+    ],
+)
+def test_nothing_to_attack(
+    bench: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    dataset: str,
+    model: str,
+    attacks: dict[str, Any],
+    metric: str,
+) -> None:
+    profile = {
+        "name": "empty",
+        "roles": {"scenes": {"dataset": {"name": dataset, "count": 2}, "model": model}},
+    }
+    grid = {
+        "name": "empty",
+        "profile": str(tmp_path / "profile.yaml"),
+        "plugins": [str(PLUGIN)],
+        "defenses": {"jpeg": "jpeg"},
+        "attacks": attacks,
+        "blocks": [
+            {
+                "roles": ["scenes"],
+                "defenses": ["jpeg"],
+                "attacks": [*attacks],
+                "threats": ["oblivious", "bpda"],
+            }
+        ],
+        "tables": [{"name": "main", "rows": ["level", "attack"], "columns": ["defense"], "metric": metric}],
+    }
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    where = ("--grid", str(tmp_path / "grid.yaml"), "--store", str(tmp_path / "store"))
+    code, _, err = bench("run", *where, "--out", str(tmp_path / "out"), "--workers", "1")
+    assert code == 0, err
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # Of nothing there is no mean: neither 0 nor 100 %.
+    wanted = [row for row in rows if row["metric"] == metric]
+    assert len(wanted) >= 2 * len(attacks) and {row["value"] for row in wanted} == {""}
+    assert "n/a" in (tmp_path / "out" / "main.md").read_text()
+    _, said, _ = bench("audit", *where)
+    for name in attacks:
+        for level in ("oblivious", "bpda"):
+            (line,) = [text for text in said.splitlines() if f"jpeg / {name} / {level}:" in text]
+            assert "nothing-to-attack (2 of 2 images)" in line
