@@ -7,7 +7,7 @@ import numpy as np
 from bench.errors import GridError, unknown
 from bench.protocols import ImageRNG
 
-__all__ = ["wrong_classes"]
+__all__ = ["check_wrong", "wrong_classes"]
 
 _RULES = ("class:K", "next", "random")
 
@@ -41,3 +41,21 @@ def wrong_classes(rule: str, task: str, num_classes: int, rng: ImageRNG) -> np.n
             f"target '{rule}': class {number} does not exist, the model has {num_classes} classes"
         )
     return np.full((len(rng), num_classes), int(number))
+
+
+def check_wrong(rule: str, labels: np.ndarray, wrong: np.ndarray) -> None:
+    """Refuse a target that asks for what an image is already: `class:K` where it shows nothing else.
+
+    Args:
+        rule: the rule the target comes from.
+        labels: the image's true labels, those that count.
+        wrong: what they are to be mistaken for, in the same shape.
+
+    Raises:
+        GridError: there are labels, and none of them is to change.
+    """
+    if labels.size and np.array_equal(labels, wrong):
+        raise GridError(
+            f"target '{rule}': an image has no label but {int(labels.flat[0])} itself; use next or random, or leave these "
+            "images out"
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
 from tasks.detection.objects import THRESHOLDS, Detections, Objects, match
-from tasks.targets import wrong_classes
+from tasks.targets import check_wrong, wrong_classes
 
 __all__ = ["BoxMAP", "BoxMAP50", "Detection", "MaskMAP", "MaskMAP50"]
 
@@ -93,10 +93,15 @@ class Detection(Task):
         """The objects with wrong labels by `rule` (`tasks.targets.wrong_classes`); boxes and masks stay.
 
         Raises:
-            GridError: unknown rule, or a class the model does not have.
+            GridError: unknown rule, a class the model does not have, or a target equal to the class of all objects
+                of an image.
         """
-        wrong = wrong_classes(rule, self.name, num_classes, rng)
-        return tuple(t.relabelled(w[t.labels]) for t, w in zip(targets, wrong, strict=True))
+        wanted = []
+        for target, wrong in zip(targets, wrong_classes(rule, self.name, num_classes, rng), strict=True):
+            counted = ~target.skipped()
+            check_wrong(rule, target.labels[counted], wrong[target.labels[counted]])
+            wanted.append(target.relabelled(wrong[target.labels]))
+        return tuple(wanted)
 
 
 def _shown(prediction: Detections | Objects) -> Detections | Objects:

@@ -12,7 +12,7 @@ import torch
 from bench.errors import DataError
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
-from tasks.targets import wrong_classes
+from tasks.targets import check_wrong, wrong_classes
 
 __all__ = ["IGNORE", "MeanIoU", "PixelAccuracy", "Segmentation"]
 
@@ -81,13 +81,15 @@ class Segmentation(Task):
         """Wrong label maps by `rule` (`tasks.targets.wrong_classes`); ignored pixels stay ignored.
 
         Raises:
-            GridError: unknown rule, or a class the model does not have.
+            GridError: unknown rule, a class the model does not have, or a target equal to all of an image's labels.
             DataError: labels that the model does not have.
         """
         maps = []
         for target, wrong in zip(targets, wrong_classes(rule, self.name, num_classes, rng), strict=True):
             labels = label_map(target, num_classes)
             table = torch.from_numpy(np.concatenate([wrong, np.full(IGNORE + 1 - num_classes, IGNORE)]))
+            counted = labels != IGNORE
+            check_wrong(rule, labels[counted].numpy(), table[labels][counted].numpy())
             maps.append(table[labels])
         return tuple(maps)
 

@@ -17,7 +17,7 @@ SEGMENTATION: dict[str, Any] = {
     "bim-t": {"name": "bim", **BUDGET, "target": "next"},
     "segpgd": {"name": "segpgd", **BUDGET},
     "cw_seg": {"name": "cw_seg", **BUDGET},
-    "deepfool_seg": {"name": "deepfool_seg", "eps": "8/255"},
+    "deepfool_seg": {"name": "deepfool_seg", "eps": "8/255", "steps": 5},
     "sea": {"name": "sea", "eps": "8/255", "steps": 2},
 }
 DETECTION: dict[str, Any] = {

@@ -57,3 +57,20 @@ def test_objects_remember_their_labels() -> None:
     assert wrong.labels.tolist() == [0, 1] and wrong.true_labels is not None
     assert wrong.true_labels.tolist() == [2, 0] and truth.true_labels is None
     assert np.array_equal(wrong.boxes, boxes) and wrong.scale == truth.scale
+
+
+def test_a_target_that_every_label_has_already() -> None:
+    """What is left to change decides: one other label is enough, an image without labels is none of this."""
+    maps, objects = TASKS.create("segmentation"), TASKS.create("detection")
+
+    def boxes(*labels: int) -> Objects:
+        return Objects(np.ones((len(labels), 4)), np.array(labels, dtype=np.int64), (20, 20), 3)
+
+    for task, same, other, nothing in (
+        (maps, torch.tensor([[1, 255]]), torch.tensor([[1, 0]]), torch.tensor([[255, 255]])),
+        (objects, boxes(1, 1), boxes(1, 2), boxes()),
+    ):
+        with pytest.raises(GridError, match="target 'class:1': an image has no label but 1 itself"):
+            task.attack_targets("class:1", [same], 3, ImageRNG([0]))
+        task.attack_targets("class:1", [other, nothing], 3, ImageRNG([0, 1]))
+        task.attack_targets("next", [same], 3, ImageRNG([0]))
