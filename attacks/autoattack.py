@@ -82,7 +82,7 @@ class AutoAttack(Attack):
         self.version_name, self.norm, self.eps = version, norm, eps
         self.members: tuple[Member, ...] = MEMBERS[version] if attacks is None else tuple(attacks)
         self.steps, self.queries, self.failed, self.group = steps, queries, failed, group
-        self.returns_clean = failed == "clean"
+        self.returns_clean, self.averages = failed == "clean", version == "rand"
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "library": f"pyautoattack {importlib.metadata.version('pyautoattack')}"}

@@ -76,7 +76,7 @@ class EOTPGD(Iterative):
         target: str | None = None,
     ) -> None:
         super().__init__(loss=loss, norm=norm, eps=eps, alpha=alpha, steps=steps, start=start, target=target)
-        self.draws = draws
+        self.draws, self.averages = draws, draws > 1
 
     def passes(self) -> int:
         return super().passes() * self.draws

@@ -124,7 +124,8 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
                     if check != "V16" or varied.key not in cells:
                         out.append(Extra(check, what, varied, parent))
             assert cell.craft is not None
-            if cell.defense.stochastic and cell.level != "oblivious" and cell.craft.eot < 20:
+            averaged = cell.craft.eot >= 20 or cell.attack.averages
+            if cell.defense.stochastic and cell.level != "oblivious" and not averaged:
                 out.append(
                     Extra("V13", "eot 20", _varied(parent, cell.attack, eot=20, what="eot 20"), parent)
                 )

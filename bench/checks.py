@@ -451,8 +451,7 @@ def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding
         cell.attack, infos, [float(row["score"]) for row in rows] if sees(cell) else None,
         [_empty(row) for row in rows],
     )  # fmt: skip
-    # An attack may average over draws of its own.
-    alone = cell.attack.params.get("draws", 1) == 1 and by_gradient(cell.attack)
+    alone = by_gradient(cell.attack) and not cell.attack.averages
     knows = cell.level in ("bpda", "white_box") and alone
     if knows and cell.defense.stochastic and cell.craft is not None and cell.craft.eot == 1:
         found.append(Finding("no-eot", "eot 1"))

@@ -510,6 +510,7 @@ class Attack(ABC):
             for small perturbations.
         labelled: it leaves (or seeks) the label it is given; not so where it only leaves the clean image's own output.
         returns_clean: an image it fails on comes back unchanged.
+        averages: it averages its gradients over draws of a stochastic defense by itself.
         version: raise it when the output changes for the same parameters.
         added: parameters that came later, with the value at which the output is what it was without them: there they
             stay out of keys, and what was stored before stays valid.
@@ -526,6 +527,7 @@ class Attack(ABC):
     monotone: bool = True
     labelled: bool = True
     returns_clean: bool = False
+    averages: bool = False
     version: ClassVar[int] = 1
     added: ClassVar[Mapping[str, Any]] = {}
 

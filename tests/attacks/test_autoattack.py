@@ -44,6 +44,7 @@ def test_rand_averages_over_draws(lab, victim):
     attack.run(oracle, images, labels, lab.rng(6))
     # Two members, three gradients each, of 20 draws.
     assert max(trace.forwards for trace in oracle.traces) > 2 * 3 * 20
+    assert attack.averages and not ATTACKS.create("autoattack", QUICK).averages
 
 
 def test_groups_of_images(lab, victim):
