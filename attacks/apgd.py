@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.adaptive import Ascent
-from attacks.iterative import Radius, Steps, _Best, _Climb
+from attacks.iterative import Best, Climb, Radius, Steps
 from attacks.projections import Projection, check_radius, make_projection
 from attacks.scores import Stop, Watched, as_labels, score
 from attacks.steps import STEPS, l2
@@ -94,8 +94,8 @@ class APGD(Attack):
                 f"loss '{self.loss}' needs {least} classes, the model has {oracle.num_classes}"
             )
         clean = images.detach()
-        best = _Best(clean)
-        climb = _Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))
+        best = Best(clean)
+        climb = Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))
         goals = self._goals(climb) if self.loss == "dlr_targeted" else None
         for turn in range(1 if goals is None else goals.shape[1]):
             for _ in range(self.restarts):
@@ -109,7 +109,7 @@ class APGD(Attack):
             best.images[lost] = clean[lost]
         return best.images
 
-    def _goals(self, climb: _Climb) -> Tensor:
+    def _goals(self, climb: Climb) -> Tensor:
         """The likeliest wrong classes at the clean images, (B, n)."""
         with torch.no_grad():
             logits = climb.oracle.logits(climb.clean)
@@ -117,7 +117,7 @@ class APGD(Attack):
         others = logits.scatter(1, labels[:, None], float("-inf"))
         return others.topk(min(self.classes, logits.shape[1] - 1), dim=1).indices
 
-    def _climb(self, climb: _Climb, best: _Best, goal: Tensor | None) -> None:
+    def _climb(self, climb: Climb, best: Best, goal: Tensor | None) -> None:
         """One run from one start; what it finds goes to `best`."""
         device = climb.clean.device
         objective = _Objective(self.loss, self.target is not None, as_labels(climb.targets, device), goal)
@@ -139,7 +139,7 @@ class APGD(Attack):
             x = ascent.propose()
             ascent.arrive(x, self._look(climb, best, objective, x))
 
-    def _start(self, climb: _Climb) -> Tensor:
+    def _start(self, climb: Climb) -> Tensor:
         """Perturbations of length 1 in the norm."""
         shape, device = climb.clean.shape[1:], climb.clean.device
         if self._norm == "l2":
@@ -147,7 +147,7 @@ class APGD(Attack):
         noise = climb.rng.uniform(shape, -1, 1, device).to(climb.clean.dtype)
         return noise / noise.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
-    def _look(self, climb: _Climb, best: _Best, objective: _Objective, x: Tensor) -> Gradient:
+    def _look(self, climb: Climb, best: Best, objective: _Objective, x: Tensor) -> Gradient:
         """Objective and gradient at `x`; a success or a new best is kept."""
         result = climb.oracle.gradient(x, objective)
         best.offer(climb.index, x, result.value.float(), objective.hit().cpu())

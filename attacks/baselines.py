@@ -84,3 +84,26 @@ class NoiseAttack(Attack):
 
     def loss_kinds(self) -> Iterable[str]:
         return () if self.draws == 1 else (self.loss,)
+
+
+@ATTACKS.register_module(name="gaussian_noise")
+class GaussianNoise(Attack):
+    """Gaussian noise, clipped to [0,1]: what the ablation GNP of NRP trains against; no budget.
+
+    Args:
+        sigma: standard deviation in [0,1] pixel units; the paper gives none.
+    """
+
+    needs = frozenset()
+    norm = None
+    stochastic = True
+
+    def __init__(self, sigma: Pixels = Fraction(16, 255)) -> None:
+        self.sigma = float(sigma)
+
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Noisy images, (B, 3, H, W)."""
+        return (images + self.sigma * rng.normal(images.shape[1:], images.device)).clamp(0, 1)
+
+    def passes(self) -> int:
+        return 0

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.activations import victim_of
-from attacks.iterative import Iterative, Steps, _Climb
+from attacks.iterative import Climb, Iterative, Steps
 from attacks.objectives import BoundLoss, Loss
 from bench.errors import NotApplicable
-from bench.protocols import Attack, ImageRNG, Oracle, Pixels, Warped
+from bench.protocols import Oracle, Pixels, Warped
 from bench.registry import ATTACKS
 from bench.weights import sha256_file
 from tasks.heads import class_rows, final_linear, last_convolution, last_maps, named_layer
@@ -266,30 +266,7 @@ class SSP(_Feature):
             identity["params"]["vgg"] = sha256_file(self.vgg)
         return identity
 
-    def _begin(self, climb: _Climb) -> Tensor:
+    def _begin(self, climb: Climb) -> Tensor:
         if self.mode == "paper":
             return super()._begin(climb)
         return climb.rng.normal(climb.clean.shape[1:], climb.clean.device)
-
-
-@ATTACKS.register_module(name="gaussian_noise")
-class GaussianNoise(Attack):
-    """Gaussian noise, clipped to [0,1]: what the ablation GNP of NRP trains against; no budget.
-
-    Args:
-        sigma: standard deviation in [0,1] pixel units; the paper gives none.
-    """
-
-    needs = frozenset()
-    norm = None
-    stochastic = True
-
-    def __init__(self, sigma: Pixels = Fraction(16, 255)) -> None:
-        self.sigma = float(sigma)
-
-    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
-        """Noisy images, (B, 3, H, W)."""
-        return (images + self.sigma * rng.normal(images.shape[1:], images.device)).clamp(0, 1)
-
-    def passes(self) -> int:
-        return 0

@@ -231,8 +231,8 @@ class Iterative(Attack):
         clean = images.detach()
         if self.labels == "predicted":
             targets = oracle.decision(clean)
-        best = _Best(clean)
-        climb = _Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))
+        best = Best(clean)
+        climb = Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))
         for _ in range(self.restarts):
             if len(climb.index) == 0:
                 break
@@ -241,7 +241,7 @@ class Iterative(Attack):
                 climb = climb.select((~best.fooled[climb.index]).nonzero()[:, 0])
         return best.images
 
-    def _climb(self, climb: _Climb, best: _Best) -> None:
+    def _climb(self, climb: Climb, best: Best) -> None:
         """One run from one start for the images of `climb`; what it finds goes to `best`."""
         projection: Projection = make_projection(self.projection_norm, climb.clean, self._eps)
         x = projection(self._begin(climb))
@@ -270,11 +270,11 @@ class Iterative(Attack):
         else:
             best.settle(climb.index, x)
 
-    def _begin(self, climb: _Climb) -> Tensor:
+    def _begin(self, climb: Climb) -> Tensor:
         """Where the first step starts from, before it is projected."""
         return start(self.start, self._start_scale, self.projection_norm, climb.clean, climb.rng)
 
-    def _gradient(self, climb: _Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, climb: Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient of the objective at `x`, through one draw of input diversity."""
         objective: Any = bound
         if self.diversity is not None:
@@ -287,7 +287,7 @@ class Iterative(Attack):
         """The step (B, 3, H, W) from values (B,) and transformed gradients, before it is projected."""
         return self._alpha * self.direction(grad)
 
-    def _fooled(self, climb: _Climb, x: Tensor, asked: bool) -> Tensor:
+    def _fooled(self, climb: Climb, x: Tensor, asked: bool) -> Tensor:
         """(B,) bool: the victim misclassifies, or reaches the target; all False unless `asked`."""
         if not asked:
             return torch.zeros(len(x), dtype=torch.bool)
@@ -297,7 +297,7 @@ class Iterative(Attack):
 
 
 @dataclass(frozen=True)
-class _Climb:
+class Climb:
     """The images an attack is working on; `index` is their place in the batch."""
 
     oracle: Oracle
@@ -306,8 +306,8 @@ class _Climb:
     rng: ImageRNG
     index: Tensor
 
-    def select(self, kept: Tensor) -> _Climb:
-        return _Climb(
+    def select(self, kept: Tensor) -> Climb:
+        return Climb(
             self.oracle.select(kept),
             self.clean[kept.to(self.clean.device)],
             tuple(self.targets[i] for i in kept.tolist()),
@@ -316,7 +316,7 @@ class _Climb:
         )
 
 
-class _Best:
+class Best:
     """The best adversarial image found for each image of the batch."""
 
     def __init__(self, clean: Tensor) -> None:

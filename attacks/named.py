@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.activations import victim_of
-from attacks.iterative import Iterative, Radius, Steps, _Climb
+from attacks.iterative import Climb, Iterative, Radius, Steps
 from attacks.objectives import BoundLoss
 from bench.errors import GridError
 from bench.protocols import ImageRNG, Oracle, Pixels
@@ -81,7 +81,7 @@ class EOTPGD(Iterative):
     def passes(self) -> int:
         return super().passes() * self.draws
 
-    def _gradient(self, climb: _Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, climb: Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = super()._gradient(climb, bound, x)
         for _ in range(self.draws - 1):
             more = super()._gradient(climb, bound, x)
