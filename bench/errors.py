@@ -82,3 +82,29 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     hint = f"did you mean '{close}'? " if close else ""
     shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
     return f"unknown {what} '{name}': {hint}available: {shown or 'none'}"
+
+
+#: Phrases of pydantic, in the words of every other message here; the order matters.
+_WORDS = {
+    ", unable to parse string as an integer": "",
+    ", unable to parse string as a number": "",
+    " after validation": "",
+    "List should have": "expected",
+    "Input should be greater": "expected a number greater",
+    "Input should be less": "expected a number less",
+    "Input should be": "expected",
+    "a valid dictionary": "a mapping {key: value}",
+    "a valid list": "a list [value, …]",
+    "a valid integer": "an integer",
+    "a valid array": "an array",
+    "an object": "a mapping",
+    "a valid ": "a ",
+}
+
+
+def expected(message: str) -> str:
+    """A message of pydantic as the others here are put: `expected an integer`."""
+    message = message.removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message

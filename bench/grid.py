@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from bench.errors import GridError, unknown
+from bench.errors import GridError, expected, unknown
 from bench.figures import FigureSpec
 from bench.tables import TableSpec
 
@@ -309,7 +309,7 @@ def _explain(model: type[BaseModel], error: ValidationError, data: Mapping[str, 
         if owner is not None:
             parent = path[: -len(last)].rstrip(".") if path.endswith(last) else path
             return f"{parent or 'top level'}: " + unknown("key", last, owner.model_fields)
-    message = str(chosen["msg"]).removeprefix("Value error, ")
+    message = expected(str(chosen["msg"]))
     if chosen["type"] == "missing":
         return f"{path}: this key is required"
     if chosen["type"] == "literal_error" and isinstance(chosen.get("input"), str):

@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 from mmengine.registry import Registry
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bench.errors import BenchError, PluginError, unknown
+from bench.errors import BenchError, PluginError, expected, unknown
 
 ENTRY_POINT_GROUP = "bench.plugins"
 T = TypeVar("T")
@@ -316,7 +316,7 @@ def _annotation_text(annotation: Any) -> str:
 
 
 def _reason(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = expected(str(error["msg"]))
     if error["type"] == "missing":
         return "is required"
     shown = error.get("input")

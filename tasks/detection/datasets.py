@@ -36,7 +36,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from bench.errors import DataError, WeightsError, unknown
+from bench.errors import DataError, WeightsError, expected, unknown
 from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
 from bench.weights import sha256_file
@@ -245,7 +245,7 @@ def _damaged(path: Path, error: OSError | ElementTree.ParseError | ValidationErr
         return DataError(f"annotations {path} cannot be read: {error}")
     fault = error.errors(include_url=False)[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-    what = fault["msg"].removeprefix("Value error, ")
+    what = expected(fault["msg"])
     if not where:
         return DataError(f"annotations {path} cannot be read: {what}")
     if fault["type"] == "missing":

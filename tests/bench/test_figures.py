@@ -309,7 +309,7 @@ BAD = [
     ({"distance": "pgd"}, "distance: attack 'pgd' does not ascend a distance of features; cafa and ssp do"),
     ({"distance": "caffa"}, "distance: unknown attack 'caffa': did you mean 'cafa'?"),
     ({"colour": "red"}, "figure kind 'curve': unknown parameter 'colour'"),
-    ({"kind": 3}, "figures[0].kind: Input should be a valid string"),
+    ({"kind": 3}, "figures[0].kind: expected a string"),
     ({**SPREAD, "x": None}, "unknown parameter"),
     ({**PICTURES, "images": [4]}, "figures[0]: image 4: cell 'classification / none / bright-0.02 / oblivious' has"),
     ({**PICTURES, "images": 0}, "figure kind 'pictures', images"),

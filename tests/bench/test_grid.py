@@ -39,15 +39,15 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
     [
         ("name: demo", "nam: demo", "top level: unknown key 'nam': did you mean 'name'?"),
         ("    defenses: [none, jpeg]\n", "", "blocks[0].defenses: this key is required"),
-        ("defenses: [none, jpeg]", "defenses: []", "blocks[0].defenses: List should have at least 1 item"),
+        ("defenses: [none, jpeg]", "defenses: []", "blocks[0].defenses: expected at least 1 item"),
         ("roles: [classification]", "rolls: [classification]", "unknown key 'rolls': did you mean 'roles'?"),
-        ("roles: [classification]", "roles: classification", "blocks[0].roles: Input should be a valid list"),
+        ("roles: [classification]", "roles: classification", "blocks[0].roles: expected a list [value, …]"),
         (
             "threats: [oblivious,",
             "threats: [oblivius,",
             "blocks[0].threats[0]: unknown value 'oblivius': did you mean 'oblivious'?",
         ),
-        ("eot: 4", "eot: 0", "blocks[0].threats[1].eot: Input should be greater than or equal to 1"),
+        ("eot: 4", "eot: 0", "blocks[0].threats[1].eot: expected a number greater than or equal to 1"),
         ("eot: 4", "eott: 4", "unknown key 'eott': did you mean 'eot'?"),
         ("{level: bpda, eot: 4}", "{level: transfer}", "level transfer needs `sources`"),
         ("{level: bpda, eot: 4}", "{level: gray_box}", "level gray_box needs a `surrogate`"),
@@ -58,6 +58,7 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
         ),
         ("eot: 4", "surrogate: jpeg", "`surrogate` belongs to levels gray_box and transfer, not bpda"),
         ("images: {classification: 8}", "images: {classification: 0}", "images.classification"),
+        ("images: {classification: 8}", "images: 8", "images: expected a mapping {key: value}, got 8"),
         (
             "images: {classification: 8}",
             "images: {classification: 8}\nname: two",

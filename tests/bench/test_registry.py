@@ -55,7 +55,7 @@ def test_parameters_are_validated_and_recorded(registry: PluginRegistry[Any]) ->
     for params, message in [
         ({"eps": 8}, "eps: 8 is outside (0, 1]: images are in [0,1], did you mean 8/255?"),
         ({"eps": "8/255", "sise": 3}, "unknown parameter 'sise': did you mean 'size'?"),
-        ({"eps": "8/255", "size": "three"}, "size: Input should be a valid integer"),
+        ({"eps": "8/255", "size": "three"}, "size: expected an integer"),
         ({}, "eps: is required"),
         ({"eps": "x/255"}, "expected a fraction such as 8/255"),
         ({"eps": 0}, "expected a positive fraction"),
