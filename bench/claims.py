@@ -203,10 +203,12 @@ def _is_a(plugin: _Plugin, facet: str, name: str, role: str) -> bool:
     names = _book()["names"]
     identity = json.loads(plugin.identity)
     known = names[f"{facet}s"].get(name, [{"name": name}])
-    if facet == "defense" and identity.get("name") == "none" and role in names["retrained"]:
-        # A retrained model is a defense itself, whatever the grid calls the empty place before it.
+    if facet == "defense" and _base_role(identity, plugin.label, role) != role:
+        # A retrained model is a defense itself, also where the grid calls the empty place before it none.
         known = [pattern for pattern in known if "role" in pattern]
-    elif name in (plugin.label, identity.get("id")):
+        if name == plugin.label == "none":
+            return False
+    if name in (plugin.label, identity.get("id")):
         return True
     return any(_fits(pattern, identity, role) for pattern in known)
 
@@ -252,11 +254,11 @@ def _lines(frame: pd.DataFrame) -> list[_Line]:
         line = {str(name): value for name, value in raw.items()}
         identity = json.loads(line["defense_params"])
         params = json.loads(line["attack_params"])
-        role = _stands_for(identity, str(line["role"]))
+        role = _base_role(identity, str(line["defense"]), str(line["role"]))
         facets = {
             **{name: str(line[name]) for name in ("task", "dataset", "role", "model", "level", "metric")},
             "eps": None if (eps := _number(params.get("eps"))) is None else float(eps * 255),
-            "guide": _guide(identity, str(line["role"])),
+            "guide": _guide(identity, str(line["role"]), str(line["task"])),
             "source": str(line["level_label"]).partition(" from ")[2],
             "grid": str(line["grid"]),
         }
@@ -276,17 +278,35 @@ def _lines(frame: pd.DataFrame) -> list[_Line]:
     return found
 
 
-def _stands_for(identity: Mapping[str, Any], role: str) -> str:
-    """The role a retrained model is compared in: adversarial training is a defense of the model it starts from."""
-    return str(_book()["names"]["retrained"].get(role, role)) if identity.get("name") == "none" else role
+def _base_role(identity: Mapping[str, Any], label: str, role: str) -> str:
+    """The role a line is compared in: adversarial training is a defense of the model that it starts from."""
+    names = _book()["names"]
+    if identity.get("name") != "none":
+        return role
+    if role in names["retrained"]:
+        return str(names["retrained"][role])
+    base, _, suffix = role.rpartition("_")
+    # A grid may attack such a model as a target like any other: then it calls the empty place before it none.
+    return base if suffix in names["retrained_suffixes"] and label != "none" else role
 
 
-def _guide(identity: Mapping[str, Any], role: str) -> str:
-    members = identity.get("members", [identity])
-    roles = {member["trained"].get("role", role) for member in members if "trained" in member}
-    if not roles:
+def _guide(identity: Mapping[str, Any], role: str, task: str) -> str:
+    trained = [member["trained"] for member in identity.get("members", [identity]) if "trained" in member]
+    if not trained:
         return "none"
-    return "own" if roles == {role} else "other"
+    return "own" if all(_own(one, role, task) for one in trained) else "other"
+
+
+def _own(trained: Mapping[str, Any], role: str, task: str) -> bool:
+    """What was trained so, was trained for `role`: roles of equal model and training images share checkpoints."""
+    from defenses.training.session import training_role
+
+    try:
+        shared = training_role(trained["profile"], role, task) if "profile" in trained else role
+    except GridError:
+        # A profile known by its path alone.
+        shared = role
+    return trained.get("role", role) in (role, shared)
 
 
 def reference_frame(papers: Iterable[str] = PAPERS) -> pd.DataFrame:

@@ -281,6 +281,16 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
     return Training(recipe_name, sized.but(seed=seed), profile, role, model, data, images, settings)
 
 
+@functools.lru_cache(maxsize=512)
+def training_role(profile: str, role: str, task: str) -> str:
+    """The role of a profile (by name or path) under which checkpoints for `role` are kept.
+
+    Raises:
+        GridError: no such profile, or a mistake in it.
+    """
+    return _shared(load_profile(profile)[0], role, task)
+
+
 def _shared(profile: Profile, role: str, task: str) -> str:
     """The first role with the same model and training images as `role`: they have their checkpoints in common."""
 

@@ -379,6 +379,40 @@ def test_a_retrained_model_stands_in_its_base_models_place() -> None:
     assert found.second == 99.5
 
 
+def test_a_retrained_model_of_a_papers_role() -> None:
+    def of(role: str, label: str = "at") -> list[dict[str, Any]]:
+        cafd = line("cafd", 20, **CAFD, role="cifar10_vgg19")
+        return [cafd, {**line("none", 80, role=role), "defense": label}]
+
+    against = claim(second={"defense": ["at"]})
+    assert [c.second for c in comparisons(against, pd.DataFrame(of("cifar10_vgg19_at")))] == [40.0]
+    undefended = claim(second={"defense": ["none"]})
+    assert not comparisons(undefended, pd.DataFrame(of("cifar10_vgg19_at")))
+    # A target that happens to be trained so is undefended all the same.
+    assert not comparisons(against, pd.DataFrame(of("cifar10_vgg19_at", "none")))
+    here = [*of("cifar10_vgg19_at", "none"), line("cafd", 10, **CAFD, role="cifar10_vgg19_at")]
+    assert [c.second for c in comparisons(undefended, pd.DataFrame(here))] == [40.0]
+
+
+def test_roles_that_share_a_checkpoint_are_guided_by_their_own() -> None:
+    """On the embedded data a paper's role has the checkpoint of the role with the same model and images."""
+    lines = [
+        line("cafd", 20, recipe="cafd", trained_for="source", role=role)
+        for role in ("svhn_vgg19", "svhn_wrn28")
+    ]
+    for one in lines:
+        identity = json.loads(one["defense_params"])
+        identity["trained"]["profile"] = "mini"
+        one["defense_params"] = json.dumps(identity)
+    made = claim(
+        first={"defense": ["cafd"], "guide": ["other"]},
+        second={"defense": ["cafd"], "guide": ["own"]},
+        across=["role"],
+    )
+    (found,) = comparisons(made, pd.DataFrame(lines))
+    assert "svhn_wrn28 | svhn_vgg19" in found.where
+
+
 def test_who_guided_a_defense() -> None:
     own = line("lgd", 20, recipe="hgd", role="source", trained_for="source")
     other = line("lgd (resnet)", 22, recipe="hgd", role="source", trained_for="classification")
