@@ -1,14 +1,22 @@
-"""The grids of the papers' tables: they plan, they cover what is printed, and their parameters are the papers'."""
+"""The grids of the papers' tables: they plan, they cover what is printed, and their parameters are the papers'; the
+profile with the papers' data and models runs.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
 
 from bench.errors import BenchError, MissingCheckpoint
 from bench.figures.output import check_figures
@@ -187,3 +195,47 @@ def _number(value: Any) -> Any:
         return Fraction(str(value))
     except ValueError:
         return value
+
+
+def test_the_papers_profile_runs_on_a_data_root(
+    bench: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files as the data and the weights are published, at a small scale: two of NIPS 2017's images, SqueezeNet."""
+    folder = tmp_path / "data" / "nips2017"
+    (folder / "images").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 299, 299, 3), dtype=np.uint8)
+    for i in range(2):
+        Image.fromarray(pixels[i]).save(folder / "images" / f"{i}.png")
+    (folder / "images.csv").write_text("ImageId,URL,TrueLabel,TargetClass\n0,,306,779\n1,,1,79\n")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    grid = {
+        "name": "small",
+        "profile": "paper",
+        "attacks": {"bim": {"name": "bim", "eps": "8/255", "alpha": "2/255", "steps": 2}},
+        "blocks": [
+            {
+                "roles": ["nips_squeezenet"],
+                "defenses": ["none", "jpeg"],
+                "attacks": ["bim"],
+                "threats": ["oblivious", "bpda"],
+            }
+        ],
+        "tables": [
+            {"name": "main", "rows": ["level", "attack"], "columns": ["defense"], "metric": "accuracy"}
+        ],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(grid))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENCH_DATA", "data")
+    command = ("run", "--grid", "small.yaml", "--workers", "1", "--device", "cpu", "--out", "out")
+    code, _, err = bench(*command, "--store", "store")
+    assert code == 0, err
+    frame = pd.read_csv("out/results.csv")
+    accuracy = frame[(frame["metric"] == "accuracy") & (frame["attack"] != "worst case")]
+    # On the bare model the level that knows of the defense is the one that does not.
+    assert len(accuracy) == 6 and set(accuracy["status"]) == {"ok"} and set(accuracy["n"]) == {2}
+    # Weights that are not there: where to put which file.
+    (tmp_path / "squeezenet1_1-b8a52dc0.pth").unlink()
+    code, _, err = bench(*command, "--store", "other")
+    assert code == 2 and "squeezenet1_1-b8a52dc0.pth" in err and len(err.strip().splitlines()) == 1
