@@ -37,6 +37,7 @@ class _Zoo(ModelSource):
     task: ClassVar[str] = "classification"
     id: str
     weights: str | None
+    origin: str | None = None
 
     @abstractmethod
     def _check_id(self) -> None:
@@ -62,8 +63,9 @@ class _Zoo(ModelSource):
                 where, source = self._wanted()
                 place = "" if self.weights else " or name the file with weights:"
                 wanted = file if self.weights else where
+                get = f"get it from {source}" if self.origin is None else f"it is {self.origin}: make it"
                 raise WeightsError(
-                    f"model {self._label()}: weights file {wanted} does not exist; get it from {source} and put it "
+                    f"model {self._label()}: weights file {wanted} does not exist; {get} and put it "
                     f"there{place}; without it use an embedded model (mini_vgg, mini_resnet, mini_wrn)"
                 )
         return files
@@ -293,15 +295,22 @@ class Timm(_Zoo):
         weights: its state as timm publishes or saves it; by default the copy in the Hugging Face or torch hub cache.
         num_classes: when it differs from the pretrained model's.
         resize: resize and crop images as the pretrained model expects; false takes the dataset's images as they are.
+        origin: what the weights are, said when they are missing; None = the published ones.
     """
 
     def __init__(
-        self, id: str, weights: str | None = None, num_classes: int | None = None, resize: bool = True
+        self,
+        id: str,
+        weights: str | None = None,
+        num_classes: int | None = None,
+        resize: bool = True,
+        origin: str | None = None,
     ) -> None:
         self.id = id
         self.weights = weights
         self.num_classes = num_classes
         self.resize = resize
+        self.origin = origin
 
     def identity(self) -> dict[str, Any]:
         """Library, id, classes and weights."""

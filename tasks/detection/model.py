@@ -373,11 +373,15 @@ class MMDetection(_Source):
         config: path of a config file, or the name of one packaged in mmdet (`mask-rcnn_r50_fpn_1x_coco`).
         checkpoint: path of the weights (`.pth` as OpenMMLab publishes them, or `.safetensors`).
         scale: (width, height) instead of the one in the config's test pipeline.
+        origin: what the checkpoint is, said when it is missing; None = the one published for the config.
     """
 
-    def __init__(self, config: str, checkpoint: str, scale: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, config: str, checkpoint: str, scale: tuple[int, int] | None = None, origin: str | None = None
+    ) -> None:
         self.config = config
         self.checkpoint = Path(checkpoint).expanduser()
+        self.origin = origin
         self.scale = scale
 
 

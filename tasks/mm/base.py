@@ -230,6 +230,7 @@ class OpenMMLabSource(ModelSource):
         checkpoint: path of the weights.
         scale: (width, height) instead of the one in the test pipeline.
         weights_sha256: digest the weights must have, where it is known.
+        origin: what the checkpoint is, said when it is missing; None = the one published for the config.
     """
 
     package: ClassVar[Package]
@@ -238,6 +239,7 @@ class OpenMMLabSource(ModelSource):
     checkpoint: Path
     scale: tuple[int, int] | None = None
     weights_sha256: str | None = None
+    origin: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """Config's name and digest, and the weights' SHA-256."""
@@ -286,7 +288,7 @@ class OpenMMLabSource(ModelSource):
         return spec.with_scale(self.scale) if self.scale is not None else spec
 
     def _hint(self) -> str:
-        return checkpoint_hint(self.package, self.config)
+        return checkpoint_hint(self.package, self.config) if self.origin is None else f"it is {self.origin}"
 
     def _weights_digest(self) -> str:
         if not self.checkpoint.is_file():

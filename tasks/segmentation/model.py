@@ -222,11 +222,15 @@ class MMSegmentation(_Source):
             (`pspnet_r50-d8_4xb2-40k_cityscapes-512x1024`).
         checkpoint: path of the weights (`.pth` as OpenMMLab publishes them, or `.safetensors`).
         scale: (width, height) instead of the one in the config's test pipeline.
+        origin: what the checkpoint is, said when it is missing; None = the one published for the config.
     """
 
-    def __init__(self, config: str, checkpoint: str, scale: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, config: str, checkpoint: str, scale: tuple[int, int] | None = None, origin: str | None = None
+    ) -> None:
         self.config = config
         self.checkpoint = Path(checkpoint).expanduser()
+        self.origin = origin
         self.scale = scale
 
 

@@ -18,7 +18,7 @@ import torchvision
 import yaml
 from PIL import Image
 
-from bench.errors import BenchError, MissingCheckpoint
+from bench.errors import BenchError, MissingCheckpoint, WeightsError
 from bench.figures.output import check_figures
 from bench.frame import cell_frame
 from bench.grid import GRIDS, load_grid, load_profile, read_yaml, split_spec
@@ -239,3 +239,21 @@ def test_the_papers_profile_runs_on_a_data_root(
     (tmp_path / "squeezenet1_1-b8a52dc0.pth").unlink()
     code, _, err = bench(*command, "--store", "other")
     assert code == 2 and "squeezenet1_1-b8a52dc0.pth" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "said"),
+    [
+        ("nips_inc_v3_ens3", "it is Inc-v3_ens3 of Tramer et al."),
+        ("cityscapes_pspnet_sat", "it is a PSPNet of this config after adversarial training"),
+        ("voc0712_ssd_mtd", "it is an SSD of this config after adversarial training"),
+    ],
+)
+def test_missing_weights_of_a_retrained_model_say_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, said: str
+) -> None:
+    """Not the plain model's, which would be found under the same id or config."""
+    monkeypatch.chdir(tmp_path)
+    name, params, _ = split_spec(load_profile("paper")[0].roles[role].model, role)
+    with pytest.raises(WeightsError, match=said):
+        MODELS.create(name, params).identity()
