@@ -54,6 +54,10 @@ class StoreError(BenchError):
     """The result store cannot be read or written."""
 
 
+class StoreBusy(StoreError):
+    """Another process holds a record's lock."""
+
+
 class CheckError(BenchError):
     """A hard check on an attack or adapter failed: its numbers would be wrong."""
 

@@ -125,6 +125,10 @@ class Display:
             self.skipped[event.key] = event.reason
         self._end(event)
 
+    def _on_postponed(self, event: Event) -> None:
+        if event.key in self._bars:
+            self._progress.remove_task(self._bars.pop(event.key))
+
     def _on_failed(self, event: Event) -> None:
         self.errors[event.key] = event.text
         if not event.is_user_error:

@@ -232,6 +232,7 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
     """Run one job; returns the reason when the job turned out to be not applicable.
 
     Raises:
+        StoreBusy: another process is at it for longer than the job's patience.
         BenchError: the job cannot be done; one line says why.
     """
     if str(manifest) not in _PLANS:
@@ -249,7 +250,7 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         # any number of workers, and workers are the better use of cores for small networks anyway.
         torch.set_num_threads(1)
     # One for each role's choice of images.
-    parts: list[Callable[[torch.device, int | None, Report], None]]
+    parts: list[Callable[[torch.device, int | None, Report, float], None]]
     if job.kind == "craft":
         craft = plan.crafts()[job.key]
         targets = {c.target.ids: c.target for c in plan.cells if c.craft and c.craft.key == job.key}
@@ -261,7 +262,7 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         parts = [functools.partial(run_cell, cell, store) for cell in cells.values()]
     try:
         for run_part in parts:
-            run_part(torch_device, plan.options.batch_size, report)
+            run_part(torch_device, plan.options.batch_size, report, job.patience)
     except NotApplicable as error:
         record.set_note("skip", error.reason)
         return error.reason
@@ -281,11 +282,16 @@ def run_craft(
     device: torch.device,
     batch_size: int | None,
     report: Report,
+    patience: float = -1.0,
 ) -> None:
-    """Make the adversarial images of `craft` for its target that the store lacks."""
+    """Make the adversarial images of `craft` for its target that the store lacks.
+
+    Raises:
+        StoreBusy: another process is making them and goes on for longer than `patience` seconds (-1: for ever).
+    """
     record = craft_record(store, craft)
     ids = craft.target.ids
-    with record.lock():
+    with record.lock(patience):
         missing = record.missing(ids)
         done = len(ids) - len(missing)
         report(done, len(ids))
@@ -350,11 +356,22 @@ def craft_batch(craft: Craft, victim: Victim, batch: Batch) -> tuple[Tensor, lis
     return adversarial, infos
 
 
-def run_cell(cell: Cell, store: Store, device: torch.device, batch_size: int | None, report: Report) -> None:
-    """Evaluate `cell` on the images the store has no row for."""
+def run_cell(
+    cell: Cell,
+    store: Store,
+    device: torch.device,
+    batch_size: int | None,
+    report: Report,
+    patience: float = -1.0,
+) -> None:
+    """Evaluate `cell` on the images the store has no row for.
+
+    Raises:
+        StoreBusy: another process is evaluating it and goes on for longer than `patience` seconds (-1: for ever).
+    """
     record = cell_record(store, cell)
     ids = cell.target.ids
-    with record.lock():
+    with record.lock(patience):
         missing = record.missing(ids)
         done = len(ids) - len(missing)
         report(done, len(ids))

@@ -43,10 +43,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from bench.errors import StoreError
+from bench.errors import StoreBusy, StoreError
 from bench.keys import KEY_VERSION, plain
 
-__all__ = ["Kind", "Record", "Store", "StoreBusy"]
+__all__ = ["Kind", "Record", "Store"]
 
 Kind = Literal["crafts", "cells"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -60,10 +60,6 @@ _CHUNK = 1 << 20
 _STALE_SECONDS = 3600.0
 
 _log = logging.getLogger(__name__)
-
-
-class StoreBusy(StoreError):
-    """Another process holds the record's lock."""
 
 
 @dataclass(frozen=True)

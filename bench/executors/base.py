@@ -11,11 +11,14 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from bench.errors import BenchError, NotApplicable
+from bench.errors import BenchError, NotApplicable, StoreBusy
+
+PATIENCE = 5.0
+"""Seconds to wait for what another process is computing, where nothing else is left to do meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Job:
         group: jobs of one group use the same target model; a worker stays with a group, so weights load once.
         cost: estimated seconds.
         after: keys that must be finished before; those that are no jobs of the run count as finished.
+        patience: seconds to wait for another process that computes the same, -1 = for ever; the schedule sets it.
     """
 
     kind: str
@@ -35,6 +39,7 @@ class Job:
     group: str = ""
     cost: float = 1.0
     after: tuple[str, ...] = ()
+    patience: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Event:
 
     Attributes:
         kind: `started`; `progress` (done, total); `finished` (seconds; reason, when it turned out not applicable);
-            `failed` (text, is_user_error, traceback, seconds); `message` (text, no job: key is "").
+            `failed` (text, is_user_error, traceback, seconds); `postponed`, since another process computes the same:
+            it will start again; `message` (text, no job: key is "").
         key: the job's key.
         done, total: images.
         text: one line.
@@ -53,7 +59,7 @@ class Event:
         traceback: of a bug.
     """
 
-    kind: Literal["started", "progress", "message", "finished", "failed"]
+    kind: Literal["started", "progress", "message", "finished", "failed", "postponed"]
     key: str = ""
     done: int = 0
     total: int = 0
@@ -69,7 +75,8 @@ OnEvent = Callable[[Event], None]
 Work = Callable[[Path, Job, str, Callable[[int, int], None]], str | None]
 """`work(manifest, job, device, report)`: does the job, calling `report(done, total)` now and then.
 
-Returns the reason when the job turns out not to be applicable; raises BenchError for what a user can mend.
+Returns the reason when the job turns out not to be applicable; raises StoreBusy when another process computes the same
+for longer than `job.patience`, and BenchError for what a user can mend.
 """
 
 
@@ -130,6 +137,9 @@ def run_job(work: Work, manifest: Path, job: Job, device: str, emit: OnEvent) ->
         reason = work(manifest, job, device, report)
     except NotApplicable as error:
         reason = error.reason
+    except StoreBusy:
+        emit(Event("postponed", job.key))
+        return
     except BenchError as error:
         emit(failed(str(error), is_user_error=True))
         return
@@ -148,7 +158,7 @@ def _bug(error: BaseException) -> str:
 
 
 class Schedule:
-    """Which job comes next.
+    """Which job comes next: those that another process is busy with come last.
 
     Args:
         jobs: in the order to be preferred.
@@ -163,6 +173,7 @@ class Schedule:
             raise ValueError("jobs must have different keys")
         self._waiting = dict(self._jobs)
         self._running: set[str] = set()
+        self._postponed: set[str] = set()
         self._needs = {job.key: {key for key in job.after if key in self._jobs} for job in jobs}
         self._check_order()
 
@@ -187,7 +198,7 @@ class Schedule:
 
     def next(self) -> Job | None:
         """The first job that can start."""
-        return self._start(next(self._ready(), None))
+        return self._start(min(self._ready(), key=lambda job: job.key in self._postponed, default=None))
 
     def next_for(self, group: str | None, busy: AbstractSet[str]) -> Job | None:
         """The job for a worker that comes from `group` while other workers are in the groups `busy`.
@@ -202,8 +213,8 @@ class Schedule:
         for job in self._waiting.values():
             left[job.group] = left.get(job.group, 0.0) + job.cost
 
-        def rank(job: Job) -> tuple[bool, bool, float]:
-            return (job.group != group, job.group in busy, -left[job.group])
+        def rank(job: Job) -> tuple[bool, bool, bool, float]:
+            return (job.key in self._postponed, job.group != group, job.group in busy, -left[job.group])
 
         return self._start(min(ready, key=rank))
 
@@ -212,6 +223,12 @@ class Schedule:
         self._running.discard(key)
         for needs in self._needs.values():
             needs.discard(key)
+
+    def postpone(self, key: str) -> None:
+        """Another process is at job `key`: it starts again after all the others that can."""
+        self._running.discard(key)
+        self._postponed.add(key)
+        self._waiting[key] = self._jobs[key]
 
     def give_up(self, event: Event) -> Iterator[Event]:
         """A job failed or is not applicable: the same is true of all that need it, directly or not."""
@@ -227,8 +244,10 @@ class Schedule:
                 yield from self.give_up(passed)
 
     def settle(self, event: Event) -> Iterator[Event]:
-        """Take note of a `finished` or `failed` event; the events of jobs that cannot run any more follow from it."""
-        if event.kind == "finished" and not event.reason:
+        """Take note of how a job ended; the events of jobs that cannot run any more follow from it."""
+        if event.kind == "postponed":
+            self.postpone(event.key)
+        elif event.kind == "finished" and not event.reason:
             self.finish(event.key)
         elif event.kind in ("finished", "failed"):
             yield from self.give_up(event)
@@ -237,7 +256,9 @@ class Schedule:
         return (job for job in self._waiting.values() if not self._needs[job.key])
 
     def _start(self, job: Job | None) -> Job | None:
-        if job is not None:
-            del self._waiting[job.key]
-            self._running.add(job.key)
-        return job
+        if job is None:
+            return None
+        del self._waiting[job.key]
+        self._running.add(job.key)
+        # A job that comes again does so because no other can start.
+        return replace(job, patience=PATIENCE if job.key in self._postponed else 0.0)

@@ -93,7 +93,7 @@ class _Run:
         kind = content.pop("type")
         if kind == "event":
             event = Event(**content)
-            if event.kind in ("finished", "failed"):
+            if event.kind in ("finished", "failed", "postponed"):
                 worker.job = None
             self._emit(event)
         elif kind == "log":

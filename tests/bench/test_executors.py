@@ -28,7 +28,7 @@ WORK = '''
 """A work function that does what the manifest says for the job's key."""
 import json, logging, os, signal, subprocess, sys, time
 from pathlib import Path
-from bench.errors import DataError, NotApplicable
+from bench.errors import DataError, NotApplicable, StoreBusy
 
 AT_IMPORT = {"torch": "torch" in sys.modules, "omp": os.environ.get("OMP_NUM_THREADS"),
              "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}
@@ -54,6 +54,8 @@ def work(manifest, job, device, report):
     if name == "log":
         logging.getLogger("toy").warning("look at %s", job.key)
         logging.getLogger("toy").info("not shown")
+    if name == "busy" and job.patience == 0:
+        raise StoreBusy("another process is at it")
     if name == "sleep":
         time.sleep(float(argument))
     if name == "deaf":
@@ -190,6 +192,18 @@ def test_jobs_wait_for_what_they_need_and_share_its_fate(toy: Toy, name: str, wo
     assert end["needs-skip"].reason == "no gradient"
     assert ("started", "needs-bad") not in order and ("started", "needs-skip") not in order
     assert toy.out("needs-good")["job"] == ["cell", "needs-good", ["good", "long-done"]]
+
+
+@both
+def test_a_job_of_another_process_is_postponed(toy: Toy, name: str, workers: int) -> None:
+    jobs = [Job("craft", "there"), Job("cell", "needs-there", after=("there",)), Job("cell", "here")]
+    events = toy.run(name, jobs, {"there": "busy", "here": "sleep 0.1"}, workers=workers)
+    assert sorted(ends(events)) == ["here", "needs-there", "there"]
+    order = [(e.kind, e.key) for e in events]
+    assert order.count(("started", "there")) == 2 and order.count(("postponed", "there")) == 1
+    if workers == 1:
+        assert order.index(("finished", "here")) < order.index(("finished", "there"))
+    assert order.index(("finished", "there")) < order.index(("started", "needs-there"))
 
 
 def test_in_process_keeps_the_given_order(toy: Toy) -> None:
@@ -373,6 +387,21 @@ def test_a_worker_stays_in_its_group_and_otherwise_goes_where_most_is_left() -> 
         job = schedule.next_for(group, set(busy))
         taken.append(job.key if job else None)
     assert taken == ["b1", "c1", "b2", "a1", "a2", "b3", None]
+
+
+def test_what_another_process_is_at_comes_last_and_is_waited_for() -> None:
+    schedule = Schedule([Job("cell", "a"), Job("cell", "b"), Job("cell", "c", after=("a",))])
+    first = schedule.next()
+    assert first is not None and (first.key, first.patience) == ("a", 0)
+    assert list(schedule.settle(Event("postponed", "a"))) == [] and schedule
+    second = schedule.next()
+    assert second is not None and (second.key, second.patience) == ("b", 0)
+    schedule.finish("b")
+    again = schedule.next_for("x", set())
+    assert again is not None and again.key == "a" and again.patience > 0
+    schedule.finish("a")
+    last = schedule.next()
+    assert last is not None and (last.key, last.patience) == ("c", 0)
 
 
 @st.composite

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.plan import Options, make_plan
+from bench.plan import Options, Plan, make_plan
 from bench.runner import cell_record, craft_record, pending, work
 from bench.store import Store
 
@@ -254,6 +254,31 @@ def test_two_processes_share_a_store(grid: Path, reference: dict[str, bytes]) ->
     ]
     assert [p.wait(timeout=180) for p in processes] == [0, 0]
     assert files(grid.parent / "out") == reference
+
+
+def test_what_another_process_computes_is_left_to_it(grid: Path, reference: dict[str, bytes]) -> None:
+    """A process does all the rest first and then waits."""
+    plan, store = make_plan(Options(grid)), Store(grid.parent / "store")
+    theirs = next(c for c in plan.crafts().values() if c.attack is not None and c.attack.name == "fgsm")
+    waiting = {c.key for c in plan.cells if c.craft is not None and c.craft.key == theirs.key and not c.skip}
+    rest = {c.key for c in plan.cells if not c.skip} - waiting
+    with craft_record(store, theirs).lock():
+        process = subprocess.Popen(
+            command(grid, "--workers", "1"), env=environment(), stderr=subprocess.PIPE, cwd=grid.parent
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if not pending_keys(plan, store) & rest:
+                break
+            time.sleep(0.1)
+        assert process.poll() is None and waiting <= pending_keys(plan, store)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert files(grid.parent / "out") == reference
+
+
+def pending_keys(plan: Plan, store: Store) -> set[str]:
+    return {job.key for job in pending(plan, store)[0]}
 
 
 def test_out_of_memory_halves_the_batch(

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench.store
-from bench.errors import StoreError
+from bench.errors import StoreBusy, StoreError
 from bench.keys import content_key
-from bench.store import Record, Store, StoreBusy
+from bench.store import Record, Store
 
 REPO = Path(__file__).parents[2]
 PAYLOAD = {"attack": {"name": "pgd", "steps": 10}, "seed": 0}
