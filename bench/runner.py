@@ -7,6 +7,7 @@ kill loses at most the batch in flight.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -16,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,15 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _taken(record: Record, ids: Sequence[str], report: Report, patience: float) -> Iterator[list[str]]:
+    """The images of `ids` that `record` lacks, which no other process computes meanwhile."""
+    with record.lock(patience):
+        missing = record.missing(ids)
+        report(len(ids) - len(missing), len(ids))
+        yield missing
+
+
 def run_craft(
     craft: Craft,
     store: Store,
@@ -291,12 +301,10 @@ def run_craft(
     """
     record = craft_record(store, craft)
     ids = craft.target.ids
-    with record.lock(patience):
-        missing = record.missing(ids)
-        done = len(ids) - len(missing)
-        report(done, len(ids))
+    with _taken(record, ids, report, patience) as missing:
         if not missing:
             return
+        done = len(ids) - len(missing)
         models = tuple(load_model(source, device) for source in craft.sources)
         prepare = load_model(craft.target, device)
         defense = None if craft.defense is None else craft.defense.to(device)
@@ -371,12 +379,10 @@ def run_cell(
     """
     record = cell_record(store, cell)
     ids = cell.target.ids
-    with record.lock(patience):
-        missing = record.missing(ids)
-        done = len(ids) - len(missing)
-        report(done, len(ids))
+    with _taken(record, ids, report, patience) as missing:
         if not missing:
             return
+        done = len(ids) - len(missing)
         model = load_model(cell.target, device)
         defense = cell.defense.to(device)
         crafts = None if cell.craft is None else craft_record(store, cell.craft)
