@@ -253,7 +253,7 @@ class Iterative(Attack):
                 best.offer(climb.index, x, value, self._fooled(climb, x, self.best_by == "fooled"))
             for i, transform in enumerate(self.transforms):
                 grad, memory[i] = transform(grad, memory[i])
-            x = projection(x + self._move(value, grad))
+            x = projection(self._move(value, grad).add_(x))
             if self.stop_when_fooled and step + 1 < self.steps:
                 fooled = self._fooled(climb, x, True)
                 if fooled.any():
@@ -284,8 +284,8 @@ class Iterative(Attack):
         return result.value, finite(result.grad.detach())
 
     def _move(self, value: Tensor, grad: Tensor) -> Tensor:
-        """The step (B, 3, H, W) from values (B,) and transformed gradients, before it is projected."""
-        return self._alpha * self.direction(grad)
+        """The step (B, 3, H, W), a new tensor, from values (B,) and transformed gradients, before it is projected."""
+        return self.direction(grad).mul_(self._alpha)
 
     def _fooled(self, climb: Climb, x: Tensor, asked: bool) -> Tensor:
         """(B,) bool: the victim misclassifies, or reaches the target; all False unless `asked`."""

@@ -418,7 +418,11 @@ class Defense(nn.Module):
 
         if self.stochastic and rng is None:
             raise ValueError(f"defense '{self.name}' is stochastic and needs an ImageRNG")
+        untouched = images._version
         out = function(images, rng) if self.stochastic else function(images)
+        if images._version != untouched:
+            # The caller's images: an attack goes on from them, and repeats purify them again.
+            raise CheckError(f"defense '{self.name}' writes into the images it is given; clone them first")
         moved = isinstance(out, Warped)
         result = out.images if moved else out
         if result.shape[:2] != images.shape[:2] or (not moved and result.shape != images.shape):

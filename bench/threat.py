@@ -163,7 +163,8 @@ class ModelOracle:
         grad: Tensor | None = None
         for draw in range(self._draws):
             with self._drawing(call, draw), torch.enable_grad():
-                x = images.detach().clone().requires_grad_(True)
+                # Of the same memory: nothing writes into it (autograd refuses to, and `purify` looks).
+                x = images.detach().requires_grad_(True)
                 values = _per_image(objective(self, x), images)
                 # A sum: each image's gradient is its own, whatever the batch.
                 (g,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
@@ -176,14 +177,11 @@ class ModelOracle:
         if grad is None:
             grad = torch.zeros_like(images)
         flat = grad.flatten(1)
-        # Cheap forms of questions about every entry: a finite sum has finite terms, and the signs add up, exactly in
-        # float32, to the count of the others.
+        # A finite sum has finite terms: the pass over every entry is for the images where it is not.
         finite = flat.sum(1).isfinite()
-        if finite.all():
-            nonzero = flat.sign().abs_().sum(1)
-        else:
-            finite, nonzero = torch.isfinite(flat).all(1), flat.count_nonzero(1)
-        zero = (1 - nonzero / flat.shape[1]).tolist()
+        if not finite.all():
+            finite = torch.isfinite(flat).all(1)
+        zero = ((flat == 0).sum(1) / flat.shape[1]).tolist()
         largest = flat.abs().amax(1).tolist() if any(not t.steps for t in self.traces) else [0.0] * len(flat)
         for trace, v, z, f, m in zip(
             self.traces, value.tolist(), zero, finite.tolist(), largest, strict=True

@@ -171,7 +171,13 @@ def test_purify_checks_what_a_defense_returns() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return images * 2
 
+    class Writes(Defense):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return images.mul_(0.5)
+
     images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(CheckError, match="writes into the images it is given"), torch.no_grad():
+        Writes().purify(images)
     with pytest.raises(CheckError, match="must return Warped"):
         Shrinks().purify(images)
     with pytest.raises(CheckError, match="NaN or infinite"):
