@@ -40,6 +40,7 @@ from bench.checks import (
 from bench.errors import BenchError, CheckError, DataError, NotApplicable, StoreError
 from bench.executors import Event, Job, create_executor
 from bench.keys import content_key
+from bench.memory import keep_freed
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
 from bench.protocols import Batch, ImageRNG, Sample, TargetModel
 from bench.store import Record, Store
@@ -250,6 +251,7 @@ def work(manifest: Path, job: Job, device: str, report: Report) -> str | None:
         # Kernels split their sums by the number of threads: with one thread everywhere, the numbers are the same for
         # any number of workers, and workers are the better use of cores for small networks anyway.
         torch.set_num_threads(1)
+        keep_freed()
     # One for each role's choice of images.
     parts: list[Callable[[torch.device, int | None, Report, float], None]]
     if job.kind == "craft":

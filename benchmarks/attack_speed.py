@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.attack_speed [--images 64] [--repeats 5] [--only ddn ...] [--markdown FILE]
 
-Everything runs on one thread and calls the same network through the same adapter. Seconds are processor time, which
-other processes do not lengthen by waiting for the core. Contestants take turns, in an order that is drawn anew for
-every repeat, since what ran before leaves its mark on memory and caches, and ratios are medians over repeats of two
-runs of the same repeat: what else the machine does then hits both. Attacks that take little time are repeated more.
+Everything runs on one thread, in a process that keeps freed memory as the workers of a run do, and calls the same
+network through the same adapter. Seconds are processor time, which other processes do not lengthen by waiting for the
+core. Contestants take turns, in an order that is drawn anew for every repeat, since what ran before leaves its mark on
+memory and caches, and ratios are medians over repeats of two runs of the same repeat: what else the machine does then
+hits both. Attacks that take little time are repeated more.
 
 `floor` is what the passes that our attack made would cost without an attack around them: as many forward and backward
 passes of the whole batch. Passes are counted at the network, per image. Beside every time stands what it bought: the
@@ -31,6 +32,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench.memory import keep_freed
 from bench.protocols import TargetModel
 from bench.registry import MODELS
 from benchmarks.contestants import Case, Network, digits, markdown, table
@@ -259,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen:
         parser.error(f"--only: no such case; there are {', '.join(c.label for c in cases())}")
     torch.set_num_threads(1)
+    keep_freed()
     target = MODELS.create("mini_wrn").load(torch.device("cpu"))
     images, labels = digits(options.images)
     counter = Counter(target.network)
