@@ -197,8 +197,8 @@ class Schedule:
         return len(self._waiting)
 
     def next(self) -> Job | None:
-        """The first job that can start."""
-        return self._start(min(self._ready(), key=lambda job: job.key in self._postponed, default=None))
+        """The first job that can start; what was postponed stands behind all the others."""
+        return self._start(next(self._ready(), None))
 
     def next_for(self, group: str | None, busy: AbstractSet[str]) -> Job | None:
         """The job for a worker that comes from `group` while other workers are in the groups `busy`.
