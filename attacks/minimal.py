@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from attacks.scores import as_labels, margin
+from attacks.scores import Watched, as_labels, margin, over_draws
 from attacks.steps import finite
 from bench.errors import NotApplicable
 from bench.protocols import Attack, ImageRNG, Oracle
@@ -53,20 +53,19 @@ class Look:
     grad: Tensor
 
 
-class _Scored:
-    """An objective that also keeps the logits it saw, so that one forward pass serves both."""
+class _Scored(Watched):
+    """`score` of the logits, or the margin where there is none, with the margins kept beside it."""
 
     def __init__(self, labels: Tensor, targeted: bool, score: Score | None) -> None:
-        self.labels, self.targeted, self.score = labels, targeted, score
+        super().__init__(labels, targeted)
+        self.score = score
         self.margins: list[Tensor] = []
-        self.logits: list[Tensor] = []
 
-    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
-        logits = oracle.logits(images)
+    def value(self, logits: Tensor) -> Tensor:
+        """Values (B,) to be increased."""
         beyond = margin(logits, self.labels)
         reached = -beyond if self.targeted else beyond
         self.margins.append(reached.detach())
-        self.logits.append(logits.detach())
         return reached if self.score is None else self.score(logits)
 
 
@@ -82,11 +81,7 @@ def look(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool, score: 
     """
     scored = _Scored(labels, targeted, score)
     grad = oracle.gradient(images, scored).grad
-    return Look(_mean(scored.margins), _mean(scored.logits), finite(grad))
-
-
-def _mean(draws: Sequence[Tensor]) -> Tensor:
-    return draws[0] if len(draws) == 1 else torch.stack(list(draws)).mean(0)
+    return Look(over_draws(scored.margins), scored.logits(), finite(grad))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,11 @@ def score(loss: str, logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     return -value if targeted else value
 
 
+def over_draws(values: Sequence[Tensor]) -> Tensor:
+    """Mean of one tensor a draw."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
+
+
 class Watched(ABC):
     """An objective on logits that remembers them, so that knowing a success costs no pass of its own."""
 
@@ -78,11 +83,14 @@ class Watched(ABC):
         self._seen.append(logits.detach())
         return self.value(logits)
 
+    def logits(self) -> Tensor:
+        """Logits (B, K) of the last call, the mean over its draws."""
+        seen, self._seen = self._seen, []
+        return over_draws(seen)
+
     def hit(self) -> Tensor:
         """(B,) bool: the images of the last call fool the victim, by the mean logits of its draws."""
-        mean = torch.stack(self._seen).mean(0)
-        self._seen = []
-        return fooled(mean, self.labels, self.targeted)
+        return fooled(self.logits(), self.labels, self.targeted)
 
 
 class Scored(Watched):

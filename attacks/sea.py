@@ -14,6 +14,7 @@ from attacks.adaptive import Ascent
 from attacks.iterative import Steps
 from attacks.pixels import JensenShannon, MaskedCE, PixelLoss, label_maps, over_labelled, right
 from attacks.projections import Projection, make_projection
+from attacks.scores import over_draws
 from attacks.segmentation import restore_unlabelled
 from attacks.starts import start as perturbed
 from attacks.steps import sign
@@ -154,6 +155,5 @@ class _Objective:
 
     def take(self) -> Tensor:
         """Mean share of right pixels (B,) over the draws since the last call."""
-        mean = torch.stack(self._seen).mean(0)
-        self._seen = []
-        return mean
+        seen, self._seen = self._seen, []
+        return over_draws(seen)
