@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,9 @@ class Ascent:
     def select(self, index: Tensor) -> Ascent:
         """The run of some of the images."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        part = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        part: dict[str, Any] = {
+            name: value[index] for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, project=self.project.select(index), **part)
 
     def propose(self) -> Tensor:
