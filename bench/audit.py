@@ -32,7 +32,7 @@ from bench.checks import (
     undone_by_noise,
 )
 from bench.errors import BenchError, GridError, NotApplicable, unknown
-from bench.frame import findings, load_rows, summarise
+from bench.frame import cell_metrics, findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Craft, Plan
@@ -307,7 +307,7 @@ def _judge(
         if extra.check == "V8":
             sweep[extra.what] = of(extra.cell)
             if extra.what == "eps 128/255":
-                line = summarise(rows[extra.cell.key], parent.target.task, parent.seed)[0]
+                line = summarise(rows[extra.cell.key], cell_metrics(extra.cell), parent.seed)[0]
                 if line["low"] > 0.05:
                     out.append(Finding("unbounded-not-broken", f"{line['metric']} {line['value']:.3f}"))
         if extra.check == "V22":
@@ -321,7 +321,7 @@ def _judge(
                 )
             )
         if extra.check == "V5":
-            metrics = summarise(rows[extra.cell.key], parent.target.task, parent.seed)
+            metrics = summarise(rows[extra.cell.key], cell_metrics(extra.cell), parent.seed)
             out.extend(reference_findings(extra.cell, metrics))
     order = [name for name in ("half eps", "eps", "double eps", "eps 128/255") if name in sweep]
     for small, large in itertools.pairwise(order):

@@ -72,10 +72,12 @@ def load_rows(record: Record, ids: Sequence[str]) -> list[dict[str, Any]]:
     return [{**row, "stats": json.loads(row["stats"]), "scores": json.loads(row["scores"])} for row in rows]
 
 
-def task_metrics(task_name: str) -> tuple[str, ...]:
-    """The metrics of a task: its own, headline first, then whatever else is registered for it."""
-    own = task_instance(task_name).metrics
-    return (*own, *(n for n in METRICS.names() if METRICS.resolve(n).task == task_name and n not in own))
+def cell_metrics(cell: Cell) -> tuple[str, ...]:
+    """The metrics of a cell: the task's own, headline first, others registered for it, and those taken from pixels."""
+    task = cell.target.task
+    own = task_instance(task).metrics
+    others = (n for n in METRICS.names() if METRICS.resolve(n).task == task and n not in own)
+    return (*own, *others, *cell.metrics)
 
 
 def _summary_key(cell: Cell, ids: Sequence[str]) -> dict[str, Any]:
@@ -83,14 +85,14 @@ def _summary_key(cell: Cell, ids: Sequence[str]) -> dict[str, Any]:
         "ids": list(ids),
         "version": SUMMARY_VERSION,
         "seed": cell.seed,
-        "metrics": task_metrics(cell.target.task),
+        "metrics": cell_metrics(cell),
     }
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], task_name: str, seed: int) -> list[dict[str, Any]]:
-    """Value and 95 % interval of every metric of the task over `rows`."""
+def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Value and 95 % interval over `rows` of every metric named."""
     out = []
-    for name in task_metrics(task_name):
+    for name in names:
         metric: Metric = METRICS.create(name)
         repeated = Repeated(metric)
         prepared = repeated.prepare(rows)
@@ -170,7 +172,7 @@ def _model_name(cell: Cell) -> str:
 
 def _empty(plan: Plan, cell: Cell, **values: Any) -> list[dict[str, Any]]:
     lines = []
-    for name in task_metrics(cell.target.task):
+    for name in cell_metrics(cell):
         metric: Metric = METRICS.create(name)
         lines.append(
             {
@@ -232,7 +234,7 @@ def _summary(store: Store | None, cell: Cell) -> dict[str, Any] | None:
     infos = [info for info in infos if info]
     summary = {
         "n": len(ids),
-        "metrics": summarise(rows, cell.target.task, cell.seed),
+        "metrics": summarise(rows, cell_metrics(cell), cell.seed),
         "findings": [asdict(finding) for finding in cell_findings(cell, rows)],
         "ids": ids,
         "scores": [float(row["score"]) for row in rows],
@@ -271,13 +273,13 @@ def _lowest(
     reach = [worst_case({key: rows[key] for key in group}).rows for group in groups] + list(rows.values())
     summaries: dict[int, list[dict[str, Any]]] = {}
     lines = []
-    for place, name in enumerate(task_metrics(cell.target.task)):
+    for place, name in enumerate(cell_metrics(cell)):
         metric = Repeated(METRICS.create(name))
         sign = 1.0 if metric.metric.higher_is_better else -1.0
         values = [sign * metric.value(metric.prepare(candidate)) for candidate in reach]
         best = values.index(min(values))
         if best not in summaries:
-            summaries[best] = summarise(reach[best], cell.target.task, cell.seed)
+            summaries[best] = summarise(reach[best], cell_metrics(cell), cell.seed)
         lines.append(summaries[best][place])
     return lines
 

@@ -96,6 +96,10 @@ class Evaluate(_Strict):
     formats: list[ImageFormat] = Field(
         default=["float"], min_length=1, description="image formats to evaluate"
     )
+    metrics: list[str] = Field(
+        default_factory=list,
+        description="metrics to take from pixels besides the task's, such as denoising_loss",
+    )
 
 
 class Block(_Strict):

@@ -71,7 +71,7 @@ _METRICS = {
     "map_percent": ("box_map50", "mAP (%)"),
     "top1": ("accuracy", "top-1 accuracy (%)"),
     "top5": ("top5", "top-5 accuracy (%)"),
-    "l1_denoising_loss": (None, "L1 denoising loss"),
+    "l1_denoising_loss": ("denoising_loss", "L1 denoising loss"),
     "normalized_score": (None, "normalized score"),
     "seconds": (None, "seconds"),
     "rank": (None, "rank"),

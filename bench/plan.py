@@ -27,8 +27,8 @@ from bench.errors import (
 )
 from bench.grid import Block, DefenseSpec, Grid, PluginSpec, ThreatSpec, load_grid, load_profile, split_spec
 from bench.keys import content_key
-from bench.protocols import Attack, Dataset, Defense, ModelSource, Site, Task
-from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, TASKS, load_plugin
+from bench.protocols import Attack, Dataset, Defense, ModelSource, PixelMetric, Site, Task
+from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS, load_plugin
 
 CLEAN = "clean"
 
@@ -106,6 +106,7 @@ class Cell:
     repeats: int
     craft: Craft | None
     skip: str | None = None
+    metrics: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -168,6 +169,7 @@ class _Planner:
         self.source = str(options.grid)
         self.profile, self.profile_source = load_profile(options.profile or grid.profile)
         self.seed = grid.seed if options.seed is None else options.seed
+        self.metrics = _measured(grid, f"{options.grid}, evaluate.metrics")
         self.targets: dict[str, Target] = {}
         self.crafts: dict[str, Craft] = {}
         self.cells: dict[tuple[str, ...], Cell] = {}
@@ -403,11 +405,13 @@ class _Planner:
                 "repeats": repeats,
                 "seed": self.seed,
             }
+            if self.metrics:
+                payload["metrics"] = list(self.metrics)
             if skip is not None:
                 payload["skip"] = [attack_label, level_label, skip]
             self.cells[identity] = Cell(
                 content_key(payload), payload, target, defense, defense_label, attack, attack_label,
-                level, level_label, self.seed, image_format, repeats, None if skip else craft, skip,
+                level, level_label, self.seed, image_format, repeats, None if skip else craft, skip, self.metrics,
             )  # fmt: skip
             for column, value in zip(
                 ("role", "defense", "attack", "level_label", "image_format", "task", "level"),
@@ -525,6 +529,17 @@ def _label(name: str, params: Mapping[str, Any]) -> str:
     if set(params) == {"id"}:
         return f"{name}:{params['id']}"
     return name + (f"({', '.join(f'{k}={v}' for k, v in params.items())})" if params else "")
+
+
+def _measured(grid: Grid, where: str) -> tuple[str, ...]:
+    """The metrics taken from pixels that a grid asks for."""
+    if not grid.evaluate.metrics:
+        return ()
+    known = [name for name in METRICS.names() if issubclass(METRICS.resolve(name), PixelMetric)]
+    for name in grid.evaluate.metrics:
+        if name not in known:
+            raise GridError(f"{where}: {unknown('metric taken from pixels', name, known)}")
+    return tuple(dict.fromkeys(grid.evaluate.metrics))
 
 
 @functools.cache

@@ -295,7 +295,7 @@ class Metric(ABC):
     """A number for a set of images.
 
     Attributes:
-        task: task whose rows it reads.
+        task: task whose rows it reads; "" = every task's.
         unit: "%" (values in [0,1] are printed times 100) or "" .
         higher_is_better: direction.
         interval: "wilson" for a mean of 0/1 values, else "bootstrap".
@@ -321,6 +321,34 @@ class Metric(ABC):
         import numpy
 
         return numpy.array([self.value(prepared, row) for row in weights], dtype=numpy.float64)
+
+
+class PixelMetric(Metric):
+    """A mean over images of a number taken from pixels: a clean image, and what comes out of the defense.
+
+    For every task, and only where `evaluate: {metrics: [...]}` of a grid names it. NaN where a defense returns images
+    of another size.
+    """
+
+    task: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+
+    @abstractmethod
+    def measure(self, clean: Tensor, purified: Tensor) -> Tensor:
+        """Number of each image, (B,), from (B, 3, H, W) in [0,1] twice."""
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Number of every image as float64."""
+        import numpy
+
+        found = [row[self.name] for row in rows]
+        return numpy.array([numpy.nan if number is None else number for number in found], dtype=numpy.float64)
+
+    def value(self, prepared: Any, weights: np.ndarray | None = None) -> float:
+        """The mean; NaN without images."""
+        import numpy
+
+        return float(numpy.average(prepared, weights=weights)) if len(prepared) else float("nan")
 
 
 # -- the defense --------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ from bench.executors import Event, Job, create_executor
 from bench.keys import content_key
 from bench.memory import keep_freed
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
-from bench.protocols import Batch, ImageRNG, Sample, TargetModel
+from bench.protocols import Batch, ImageRNG, PixelMetric, Sample, TargetModel
+from bench.registry import METRICS
 from bench.store import Record, Store
 from bench.threat import ModelOracle, Victim
 
@@ -404,7 +405,7 @@ def run_cell(
             if crafts is not None:
                 images, infos = crafts.read_images(batch.ids)
                 attacked = Batch(images.to(device), batch.targets, batch.ids)
-            rows = evaluate_batch(cell, model, defense, attacked)
+            rows = evaluate_batch(cell, model, defense, attacked, batch.images)
             if first:
                 check_frozen(model, _DIGESTS[id(model)], f"model '{cell.target.model.name}'", blamed)
                 check_frozen(defense, intact, blamed, "the evaluation")
@@ -427,9 +428,12 @@ def in_format(images: Tensor, image_format: str) -> Tensor:
     return (images * 255).round() / 255 if image_format == "uint8" else images
 
 
-def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -> list[dict[str, Any]]:
+def evaluate_batch(
+    cell: Cell, model: TargetModel, defense: Any, batch: Batch, clean: Tensor
+) -> list[dict[str, Any]]:
     """One row per image: `score` (mean over repeats), `scores` and `stats` (JSON lists, one entry a repeat)."""
     task = task_instance(cell.target.task)
+    metrics = [METRICS.create(name) for name in cell.metrics]
     images = in_format(batch.images, cell.image_format)
     defense.check_input((int(images.shape[-2]), int(images.shape[-1])))
     rng = ImageRNG.for_images(cell.key, batch.ids)
@@ -444,8 +448,11 @@ def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -
             purifying, predicting = purifying + between - begun, predicting + _clock(images.device) - between
             if undefended(cell) and not torch.equal(purified.images, images):
                 raise CheckError(f"defense '{cell.defense_label}' is none, yet it changes images")
-            for image_stats, prediction, target in zip(stats, predictions, batch.targets, strict=True):
-                image_stats.append(task.rows(prediction, target))
+            measured = _pixels(metrics, clean, purified.images)
+            for image_stats, prediction, target, numbers in zip(
+                stats, predictions, batch.targets, measured, strict=True
+            ):
+                image_stats.append({**task.rows(prediction, target), **numbers})
     rows = []
     passes = len(batch) * cell.repeats
     for image_id, image_stats in zip(batch.ids, stats, strict=True):
@@ -460,6 +467,17 @@ def evaluate_batch(cell: Cell, model: TargetModel, defense: Any, batch: Batch) -
                 "seconds_predict": round(predicting / passes, 7),
             }
         )
+    return rows
+
+
+def _pixels(metrics: Sequence[PixelMetric], clean: Tensor, purified: Tensor) -> list[dict[str, float | None]]:
+    """Each image's numbers, by name; None where sizes differ, as JSON has no NaN."""
+    rows: list[dict[str, float | None]] = [{} for _ in clean]
+    for metric in metrics:
+        same = purified.shape == clean.shape
+        numbers = metric.measure(clean, purified).tolist() if same else [None] * len(clean)
+        for row, number in zip(rows, numbers, strict=True):
+            row[metric.name] = number
     return rows
 
 

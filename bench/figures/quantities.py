@@ -1,4 +1,4 @@
-"""Numbers of a cell: its metrics, how many images it fools, and how far it moves pixels and the target's features."""
+"""Numbers of a cell: its metrics, how many images it fools, and how far it moves the target's features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from bench.errors import GridError, StoreError, unknown
 from bench.figures.base import Source, mean_line
-from bench.frame import task_metrics
+from bench.frame import cell_metrics
 from bench.grid import split_spec
 from bench.plan import Cell
 from bench.protocols import Attack, ImageRNG
@@ -20,8 +20,7 @@ from bench.views import View
 
 FOOLING = "fooling_rate"
 DISTANCE = "feature_distance"
-PIXELS = "pixel_distance"
-OWN = (FOOLING, DISTANCE, PIXELS)
+OWN = (FOOLING, DISTANCE)
 
 Distance = str | dict[str, Any]
 """An attack that ascends a distance of features (`cafa`, `ssp`), with its parameters: the distance is the attack's."""
@@ -31,8 +30,7 @@ class Quantities:
     """What a figure shows of each cell.
 
     `feature_distance`: mean over images of the distance between the target's features of what comes out of the defense
-    and of the clean image. `pixel_distance`: the same for the mean absolute difference of their pixels, in [0,1], the
-    denoising loss of Liao et al. 2018 (Table 2). Anything else is a metric of the task, as tables have it.
+    and of the clean image. Anything else is a metric of the cell, as tables have it.
 
     Args:
         names: of quantities.
@@ -69,7 +67,7 @@ class Quantities:
             task = cell.target.task
             own = [FOOLING] if task == "classification" else []
             for name in self.names:
-                if name not in (known := [*task_metrics(task), *own, DISTANCE, PIXELS]):
+                if name not in (known := [*cell_metrics(cell), *own, DISTANCE]):
                     raise GridError(f"y: {unknown(f'quantity of task {task}', name, known)}")
 
     def of(self, source: Source, cell: Cell) -> dict[str, dict[str, Any]]:
@@ -88,11 +86,10 @@ class Quantities:
                 kept = view.purify(view.batch.images)
                 before = view.model.predict(kept.images, geometry=kept.geometry)
                 found[FOOLING] = [float(int(a) != int(b)) for a, b in zip(said, before, strict=True)]
-            for name in (n for n in (DISTANCE, PIXELS) if n in seen):
+            if DISTANCE in seen:
                 if out.images.shape != view.batch.images.shape:
-                    raise GridError(f"cell '{cell.label}': the defense resizes images: no {name} exists")
-                measure = self.distances if name == DISTANCE else pixel_distances
-                found[name] = measure(view, out.images).tolist()
+                    raise GridError(f"cell '{cell.label}': the defense resizes images: no {DISTANCE} exists")
+                found[DISTANCE] = self.distances(view, out.images).tolist()
             for name, values in found.items():
                 seen[name] += values
 
@@ -112,11 +109,6 @@ class Quantities:
         objective = attack.loss.bind(oracle, view.batch.images, view.batch.targets, False)
         values: torch.Tensor = objective(oracle, images)
         return values
-
-
-def pixel_distances(view: View, images: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of each image's pixels from those of its clean form, (B,)."""
-    return (images - view.batch.images).abs().flatten(1).mean(1)
 
 
 def _metric(source: Source, cell: Cell, name: str) -> dict[str, Any]:
@@ -140,8 +132,6 @@ def scale(name: str) -> tuple[float, str]:
     """What to multiply a quantity by for print, and its axis label."""
     if name == DISTANCE:
         return 1.0, "feature distance"
-    if name == PIXELS:
-        return 1.0, "pixel distance"
     if name == FOOLING:
         return 100.0, "fooling rate (%)"
     metric = METRICS.create(name)
