@@ -1,9 +1,11 @@
 """The papers' conclusions as data, each tested on results: holds, fails, undecided or not run.
 
 A claim (`results/paper/claims.yaml`) selects lines of the long frame (`bench.frame.cell_frame`), pairs those that agree
-in all but what it compares, and says where the difference must lie. Two cells with stored rows are compared image by
-image (`bench.stats.paired_difference`, and McNemar's exact test for 0/1 values); where rows are missing, the interval
-of a difference comes from the two intervals in the frame (MOVER: Zou and Donner 2008), which is wider.
+in all but what it compares, and says where the difference must lie. A claim about a table or figure looks at that grid
+of `grids/papers` alone; any other grid counts for every claim. Two cells with stored rows are compared image by image:
+0/1 values by `bench.stats.paired_proportions` and McNemar's exact test, others by `paired_difference`. Where rows are
+missing, the interval of a difference comes from the two intervals in the frame (MOVER: Zou and Donner 2008), which is
+wider.
 
 A claim about every comparison holds when each of them does, which needs no correction (an intersection-union test); it
 fails when one of them fails, and there the level is corrected for their number (Bonferroni).
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +77,7 @@ _FREES = {
 }
 _EXTRA = ("profile", "attack_name", "attack_id", "attack_params", "defense_params")
 _ALPHA = 0.05
+_ABOUT = re.compile(rf"({'|'.join(PAPERS)})_(table|fig)\d+")
 
 
 # -- claims ---------------------------------------------------------------------------------------------------------
@@ -87,13 +91,14 @@ class Claim:
         kind: order: `first` is better than `second`, by more than `margin`. drop: the value falls from `second` to
             `first` by at least / at most / to within so much; `relative`: in percent of `second`. bound: the value of
             `where` is at least / at most so much. sign: `first` minus `second` is positive / negative.
-        tables: of this paper that the claim is about; none for what only a figure shows.
+        tables, figures: of this paper that the claim is about.
         where: what all lines have: facet -> values, any of them. Facets: task, dataset, role, model, defense, attack,
             level, metric, eps (units of 1/255), source (of transferred images), guide (own: the defense was trained
             for the role it stands in front of; other; none: nothing in it was trained for a role).
         first, second: what each side has besides.
         across: facets in which the two sides may differ besides those they select (role: another model).
-        reference: what the paper's own values must have besides; a grid brings its own data and models.
+        reference: what the paper's own values must have besides.
+        ours: the same for lines of `grids/papers`, in its roles; any other grid brings its own data and models.
         at_least, at_most, within, relative, margin, positive: see `kind`.
         over: each comparison, or their mean.
         reading: how a statement without numbers was made exact.
@@ -106,11 +111,13 @@ class Claim:
     statement: str
     kind: Literal["order", "drop", "bound", "sign"]
     tables: Sequence[str] = ()
+    figures: Sequence[str] = ()
     where: Selector = field(default_factory=dict)
     first: Selector = field(default_factory=dict)
     second: Selector = field(default_factory=dict)
     across: Sequence[str] = ()
     reference: Selector = field(default_factory=dict)
+    ours: Selector = field(default_factory=dict)
     at_least: float | None = None
     at_most: float | None = None
     within: float | None = None
@@ -120,6 +127,11 @@ class Claim:
     over: Literal["each", "mean"] = "each"
     reading: str = ""
     rerun: bool = True
+
+    @property
+    def grids(self) -> list[str]:
+        """Names of the grids under `grids/papers` that are about it."""
+        return [f"{self.paper}_{what}" for what in (*self.tables, *self.figures)]
 
     def named(self) -> dict[str, list[str]]:
         """Defenses and attacks the claim names: each of them must have been run."""
@@ -172,6 +184,11 @@ class _Line:
     higher_is_better: bool
     n: int
     suspect: bool
+
+    @property
+    def of_a_paper(self) -> bool:
+        """It is of a grid about one table or figure, as those of `grids/papers` are named."""
+        return _ABOUT.fullmatch(self.facets["grid"]) is not None
 
     def matches(self, selector: Selector) -> bool:
         return all(self._one(facet, wanted) for facet, wanted in selector.items())
@@ -392,8 +409,8 @@ class Pairing(NamedTuple):
     p: float
 
 
-Pair = Callable[[str, str, str], "Pairing | None"]
-"""Cell, other cell and metric -> their paired difference; None where rows are missing."""
+Pair = Callable[[str, str, str, int], "Pairing | None"]
+"""Cell, other cell, metric and number of images -> their paired difference; None where rows are missing."""
 
 
 class Rows:
@@ -404,39 +421,53 @@ class Rows:
     """
 
     def __init__(self, opened: Iterable[tuple[Plan, Store]]) -> None:
-        self._cells = {cell.key[:16]: (store, cell) for plan, store in opened for cell in plan.cells}
-        self._rows: dict[str, list[dict[str, Any]]] = {}
+        cells = [(store, cell) for plan, store in opened for cell in plan.cells]
+        # A cell's key says nothing of how many images a grid asks for: the one with the most stands for all.
+        cells.sort(key=lambda item: len(item[1].target.ids))
+        self._cells = {cell.key[:16]: (store, cell) for store, cell in cells}
+        self._rows: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def __call__(self, first: str, second: str, metric: str) -> Pairing | None:
-        """First minus second, as a fraction, with its 95 % interval; None unless both have the same images."""
+    def __call__(self, first: str, second: str, metric: str, images: int) -> Pairing | None:
+        """First minus second, as a fraction, with its 95 % interval, on the first so many images that both have.
+
+        None where they have fewer in common.
+        """
         from bench.frame import Repeated
         from bench.registry import METRICS
-        from bench.stats import mcnemar, paired_difference
+        from bench.stats import mcnemar, paired_difference, paired_proportions
 
         if first not in self._cells or second not in self._cells:
             return None
-        sides = self._load(first), self._load(second)
-        ids = [[row["id"] for row in rows] for rows in sides]
-        if not ids[0] or ids[0] != ids[1]:
+        common = self._load(first).keys() & self._load(second).keys()
+        if len(common) < images:
             return None
+        # Another grid may have run one of them on more images.
+        ids = [id for id in self._load(first) if id in common][:images]
+        sides = [[self._load(cell)[id] for id in ids] for cell in (first, second)]
         plain = METRICS.create(metric)
         repeated = Repeated(plain)
         prepared = [repeated.prepare(rows) for rows in sides]
-        found = paired_difference(repeated, prepared[0], prepared[1], len(ids[0]), self._cells[first][1].seed)
-        p = math.nan
         single = all(len(row["stats"]) == 1 for rows in sides for row in rows)
-        if plain.interval == "wilson" and single and not math.isnan(found.value):
+        if plain.interval == "wilson" and single and not math.isnan(repeated.value(prepared[0])):
             # Each image's own value: a row's score says whether it is right, which not every such metric is about.
-            p = mcnemar(*([plain.value(plain.prepare(row["stats"])) for row in rows] for rows in sides))
-        return Pairing(found.value, found.low, found.high, p)
+            one, other = ([plain.value(plain.prepare(row["stats"])) for row in rows] for rows in sides)
+            return Pairing(*paired_proportions(one, other), mcnemar(one, other))
+        found = paired_difference(repeated, prepared[0], prepared[1], len(ids), self._cells[first][1].seed)
+        if found.low == found.high:
+            # Where all images have the same difference, resampling finds no spread, which does not show that there is
+            # none: so many images bound the share of others, of which each counts for 1 at most.
+            spread = 1 - (_ALPHA / 2) ** (1 / len(ids)) if plain.unit == "%" else math.inf
+            found = found._replace(low=found.value - spread, high=found.value + spread)
+        return Pairing(*found, math.nan)
 
-    def _load(self, cell: str) -> list[dict[str, Any]]:
+    def _load(self, cell: str) -> dict[str, dict[str, Any]]:
         from bench.frame import load_rows
         from bench.runner import cell_record
 
         if cell not in self._rows:
             store, found = self._cells[cell]
-            self._rows[cell] = load_rows(cell_record(store, found), found.target.ids)
+            rows = load_rows(cell_record(store, found), found.target.ids)
+            self._rows[cell] = {row["id"]: row for row in rows}
         return self._rows[cell]
 
 
@@ -473,7 +504,8 @@ def _measured(claim: Claim, lines: Sequence[_Line], pair: Pair | None) -> tuple[
                 side.setdefault(key, []).append(line)
         sides.append(side)
     items, seen, used = [], set(), []
-    for key, firsts in sides[0].items():
+    # Of cells that several grids have, those with the most images count.
+    for key, firsts in sorted(sides[0].items(), key=lambda item: -max(line.n for line in item[1])):
         for one in firsts:
             for other in sides[1].get(key, ()):
                 mark = (one.cell, other.cell, one.key["metric"])
@@ -491,7 +523,7 @@ def _difference(claim: Claim, one: _Line, other: _Line, pair: Pair | None) -> Co
     a, b = {"order": (better, -better), "drop": (-1.0, 1.0), "sign": (1.0, -1.0)}[claim.kind]
     found, p, paired = _combined(a, one, b, other), math.nan, False
     if pair is not None and one.cell and other.cell:
-        rows = pair(one.cell, other.cell, one.key["metric"])
+        rows = pair(one.cell, other.cell, one.key["metric"], min(one.n, other.n))
         if rows is not None:
             ends = sorted((a * rows.low, a * rows.high))
             found, p, paired = _Interval(a * rows.value, ends[0], ends[1]), rows.p, True
@@ -614,7 +646,8 @@ def evaluate(
             own = {"grid": [f"{claim.paper}/{table}" for table in claim.tables], **claim.reference}
             seen = [line for line in lines if line.matches(own)]
         else:
-            seen = lines if claim.rerun else []
+            own = {"grid": claim.grids, **claim.ours}
+            seen = [line for line in lines if claim.rerun and (not line.of_a_paper or line.matches(own))]
         rows.append(_row(claim, seen, pair, reference))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -736,7 +769,8 @@ def _numbers(line: Mapping[Any, Any]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2g}"
+    # Adding 0 takes the sign off a zero.
+    return f"{value + 0.0:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2g}"
 
 
 def claims_command(

@@ -515,26 +515,29 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
 
     A line of the frame meets the printed value that has its threat level and metric and whatever `mapping` says of its
     labels. Lines whose label a mapped column does not list are left out, and so are printed values without a line.
+    Where several attacks meet a value that the paper prints as their mean, `mean: true` compares their mean.
 
     Args:
         frame: lines of `bench.frame.cell_frame`.
         mapping: the key `paper` of a grid's table. `table`: PAPER/TABLE. `where`: field of a printed value -> what all
-            have (a value or a list). `role`, `dataset`, `model`, `defense`, `attack`, `level`, `level_label` and
-            `metric`: our label -> the paper's label or id, or several fields: {dataset: CIFAR-10, eps: 8}.
+            have (a value or a list). `mean`: see above. `role`, `dataset`, `model`, `defense`, `attack`, `level`,
+            `level_label` and `metric`: our label -> the paper's label or id, or several fields: {dataset: CIFAR-10,
+            eps: 8}.
 
     Returns:
         One line a cell, in printed order: part, row, column (as printed), role, defense, attack, level, metric, seed,
         image_format, measured, low, high, n, status, paper, difference, undefended, gain, paper_gain, profile. Numbers
         are in points where the metric is in percent; `difference` is measured minus paper; `undefended` marks cells
         without a defense, and the gains are what lies between a cell and the undefended one under the same attack on
-        the same model (defended minus undefended), NaN where the table has none.
+        the same model (defended minus undefended), NaN where the table has none; `target` is that model as the paper
+        prints it, with its data. The interval of a mean is as wide as if all attacks erred together.
 
     Raises:
         GridError: an unknown table, key, field or label, or a line that meets several values.
     """
     import pandas as pd
 
-    id, fixed, columns = _mapping(mapping)
+    id, mean, fixed, columns = _mapping(mapping)
     spec = layout(id)
     printed = [v for v in values(spec.paper) if f"{v.paper}/{v.table}" == id]
     known = {column: {str(label) for label in frame[column].unique()} for column in columns}
@@ -568,6 +571,8 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
             )
         if met:
             found.append((met[0], _compared(spec, met[0], line)))
+    if mean:
+        found = _means(found)
     found.sort(key=lambda item: order[item[0]])
     bare = {_setting(value, row): row for value, row in found if row["undefended"]}
     for value, row in found:
@@ -579,16 +584,17 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
 
 _COMPARED = [
     "part", "row", "column", "role", "defense", "attack", "level", "metric", "seed", "image_format", "measured", "low",
-    "high", "n", "status", "paper", "difference", "undefended", "gain", "paper_gain", "profile",
+    "high", "n", "status", "paper", "difference", "undefended", "gain", "paper_gain", "target", "percent",
+    "profile",
 ]  # fmt: skip
 _Meeting = Mapping[tuple[str, ...], Sequence[str]]
 
 
-def _mapping(mapping: Mapping[str, Any]) -> tuple[str, _Meeting, dict[str, dict[str, _Meeting]]]:
-    """Table, what all values have, and for each mapped column what a label means."""
+def _mapping(mapping: Mapping[str, Any]) -> tuple[str, bool, _Meeting, dict[str, dict[str, _Meeting]]]:
+    """Table, whether values are means, what all values have, and for each mapped column what a label means."""
     for key in mapping:
-        if key not in ("table", "where", *_MAIN):
-            raise GridError(f"paper: {unknown('key', str(key), ['table', 'where', *_MAIN])}")
+        if key not in (known := ("table", "where", "mean", *_MAIN)):
+            raise GridError(f"paper: {unknown('key', str(key), known)}")
     if "table" not in mapping:
         raise GridError("paper: this key is required: table, such as cafd/table1")
     columns = {
@@ -596,7 +602,10 @@ def _mapping(mapping: Mapping[str, Any]) -> tuple[str, _Meeting, dict[str, dict[
         for column in _MAIN
         if column in mapping
     }
-    return str(mapping["table"]), _meeting("where", mapping.get("where", {})), columns
+    mean = mapping.get("mean", False)
+    if not isinstance(mean, bool):
+        raise GridError(f"paper: mean: expected true or false, got {mean!r}")
+    return str(mapping["table"]), mean, _meeting("where", mapping.get("where", {})), columns
 
 
 def _meeting(column: str, wanted: Any) -> _Meeting:
@@ -639,9 +648,34 @@ def _place(spec: Layout, value: Value) -> str:
     return " / ".join([*part, *(label for label in labels if label)])
 
 
+def _means(found: Sequence[tuple[Value, dict[str, Any]]]) -> list[tuple[Value, dict[str, Any]]]:
+    """One row in place of all that meet the same value on the same role."""
+    groups: dict[tuple[Any, ...], list[tuple[Value, dict[str, Any]]]] = {}
+    for value, row in found:
+        groups.setdefault((value, row["role"], row["seed"], row["image_format"]), []).append((value, row))
+    out = []
+    for members in groups.values():
+        value, rows = members[0][0], [row for _, row in members]
+        mean = {
+            name: math.fsum(row[name] for row in rows) / len(rows) for name in ("measured", "low", "high")
+        }
+        text = {name: "+".join(dict.fromkeys(row[name] for row in rows)) for name in ("attack", "level")}
+        open_ = next((row["status"] for row in rows if row["status"] != "ok"), "ok")
+        out.append(
+            (
+                value,
+                {
+                    **rows[0], **mean, **text, "n": min(row["n"] for row in rows), "status": open_,
+                    "difference": mean["measured"] - value.number,
+                },
+            )
+        )  # fmt: skip
+    return out
+
+
 def _setting(value: Value, row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a defended cell and its undefended one share."""
-    ours = (row["role"], row["seed"], row["image_format"])
+    """What a defended cell and its undefended one share; a retrained model is a defense of the same model."""
+    ours = (row["seed"], row["image_format"])
     return (value.dataset, value.target_model, value.attack, value.eps, value.metric, *ours)
 
 
@@ -657,7 +691,8 @@ def _compared(spec: Layout, value: Value, line: Mapping[Any, Any]) -> dict[str, 
         "seed": int(line["seed"]), "measured": measured, "low": float(line["low"]) * scale,
         "high": float(line["high"]) * scale, "n": int(line["n"]), "status": str(line["status"]),
         "paper": value.number, "difference": measured - value.number, "undefended": value.defense == "none",
-        "profile": str(line.get("profile", "")),
+        "target": " ".join(filter(None, [value.dataset, value.target_model])),
+        "percent": line["unit"] == "%", "profile": str(line.get("profile", "")),
     }  # fmt: skip
 
 
@@ -668,16 +703,16 @@ def agreement(compared: pd.DataFrame) -> pd.DataFrame:
     whether a defense is ahead of none, can still be compared.
 
     Returns:
-        One line a printed column (and role, seed and image format): part, column, role, seed, image_format, rows (with
-        both numbers), pairs (of rows that differ in the paper), same_order (of them, those we have in the same order),
-        tau (Kendall's tau-b, NaN below two rows or without any order), signs (defended rows that differ from their
-        undefended cell in the paper) and same_sign (of them, those we have on the same side); both are 0 where the
-        paper prints no undefended cell.
+        One line a printed column with something to compare (and target, seed and image format): part, column, target,
+        seed, image_format, rows (with both numbers), pairs (of rows that differ in the paper), same_order (of them,
+        those we have in the same order), ties (of them, those we have equal), tau (Kendall's tau-b, NaN without an
+        order), signs (defended rows that differ from their undefended cell in the paper) and same_sign (of them, those
+        we have on the same side); both are 0 where the paper prints no undefended cell.
     """
     import pandas as pd
     from scipy.stats import kendalltau
 
-    keys = ["part", "column", "role", "seed", "image_format"]
+    keys = ["part", "column", "target", "seed", "image_format"]
     both = compared[compared["measured"].notna() & compared["paper"].notna()]
     rows = []
     for key, group in both.groupby(keys, sort=False):
@@ -690,15 +725,19 @@ def agreement(compared: pd.DataFrame) -> pd.DataFrame:
         ]
         gains = group[group["gain"].notna() & group["paper_gain"].notna() & (group["paper_gain"] != 0)]
         signs = [(_sign(a), _sign(b)) for a, b in zip(gains["gain"], gains["paper_gain"], strict=True)]
+        if len(ours) < 2 and not signs:
+            continue
         tau = float(kendalltau(ours, theirs).statistic) if len(ours) > 1 else math.nan
         rows.append(
             {
                 **dict(zip(keys, key, strict=True)), "rows": len(ours), "pairs": len(pairs),
-                "same_order": sum(a == b for a, b in pairs), "tau": tau, "signs": len(signs),
+                "same_order": sum(a == b for a, b in pairs), "ties": sum(a == 0 for a, _ in pairs), "tau": tau,
+                "signs": len(signs),
                 "same_sign": sum(a == b for a, b in signs),
             }
         )  # fmt: skip
-    return pd.DataFrame(rows, columns=[*keys, "rows", "pairs", "same_order", "tau", "signs", "same_sign"])
+    columns = [*keys, "rows", "pairs", "same_order", "ties", "tau", "signs", "same_sign"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _sign(value: float) -> int:
@@ -729,35 +768,40 @@ def comparison_markdown(compared: pd.DataFrame, absolute: bool | None = None) ->
     rows = []
     for line in compared.to_dict("records"):
         finished = not math.isnan(line["measured"])
-        interval = f"[{line['low']:.2f}, {line['high']:.2f}]" if finished else str(line["status"])
+        # Points with two decimals; what is no percentage, such as a loss, with four.
+        form = f".{2 if line['percent'] else 4}f"
+        interval = f"[{line['low']:{form}}, {line['high']:{form}}]" if finished else str(line["status"])
         row = [line["part"], line["row"], line["column"], line["defense"], line["attack"], line["level"]]
-        row += [number(line["measured"]), interval, str(line["n"]), number(line["paper"])]
-        rows.append([*row, number(line["difference"], "+.2f")] if absolute else row)
+        row += [number(line["measured"], form), interval, str(line["n"]), number(line["paper"], form)]
+        rows.append([*row, number(line["difference"], f"+{form}")] if absolute else row)
     if absolute:
         return shown(rows, [*heads, "difference"], 6) + "\n"
     found = agreement(compared)
     orders = [
         [
-            line["part"], line["column"], line["role"], str(line["rows"]),
-            f"{line['same_order']} of {line['pairs']}", number(line["tau"]),
+            line["part"], line["column"], line["target"], str(line["rows"]),
+            f"{line['same_order']} of {line['pairs']}", str(line["ties"]), number(line["tau"]),
             f"{line['same_sign']} of {line['signs']}" if line["signs"] else "–",
         ]
         for line in found.to_dict("records")
     ]  # fmt: skip
     profiles = ", ".join(sorted(set(compared["profile"]))) or "none"
-    sums = {name: int(found[name].sum()) for name in ("same_order", "pairs", "same_sign", "signs")}
+    sums = {name: int(found[name].sum()) for name in ("same_order", "pairs", "ties", "same_sign", "signs")}
     said = (
         f"Other data and models than the paper's (profile {profiles}): absolute numbers mean nothing here, so order "
         f"and sign are compared. Over all columns {sums['same_order']} of {sums['pairs']} pairs of rows stand in the "
-        f"paper's order, and {sums['same_sign']} of {sums['signs']} defended cells lie on the paper's side of "
-        "the undefended one."
+        f"paper's order ({sums['ties']} are equal here)"
     )
+    if sums["signs"]:
+        said += f", and {sums['same_sign']} of {sums['signs']} defended cells are on its side of the undefended one"
+    said += "."
     heads_order = [
         "part",
         "column",
-        "role",
+        "target",
         "rows",
         "pairs in order",
+        "equal here",
         "Kendall's tau",
         "same side of undefended",
     ]

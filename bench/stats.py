@@ -2,7 +2,7 @@
 
 Metrics that are means of 0/1 values get a Wilson interval (Wilson 1927, eq. 4 of Brown, Cai and DasGupta 2001), every
 other metric a percentile bootstrap over images (Efron 1979). Two defenses measured on the same images are compared in
-pairs: bootstrap with shared weights for any metric, the exact McNemar test for 0/1 values.
+pairs: bootstrap with shared weights for any metric; Newcombe's interval and the exact McNemar test for 0/1 values.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "estimate",
     "mcnemar",
     "paired_difference",
+    "paired_proportions",
     "paired_scores",
     "wilson",
     "worst_case",
@@ -147,6 +148,41 @@ def paired_difference(
     return Difference(metric.value(prepared) - metric.value(baseline), *interval)
 
 
+def paired_proportions(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Difference:
+    """Mean of first - second, 0/1 values of the same images, with Newcombe's interval (1998, method 10).
+
+    It is made of the two Wilson intervals and how far the sides go together. A bootstrap of few images finds no spread
+    where no image differs; this does: 25 images alike leave 13 points to either side.
+
+    Args:
+        first, second: (n,) values 0 or 1 of the same images in the same order.
+        level: coverage.
+
+    Raises:
+        ValueError: unequal lengths, other values, or no images.
+    """
+    a, b = _binary(first, second)
+    n = len(a)
+    if n == 0:
+        raise ValueError("expected at least one image")
+    both, neither = float((a * b).sum()), float(((1 - a) * (1 - b)).sum())
+    only_a, only_b = float((a * (1 - b)).sum()), float(((1 - a) * b).sum())
+    together = both * neither - only_a * only_b
+    if together > 0:
+        # The correction for continuity, which makes him method 10 and not 8.
+        together = max(together - n / 2, 0.0)
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    phi = together / math.sqrt(margins) if margins else 0.0
+    p, q = float(a.mean()), float(b.mean())
+    (p_low, p_high), (q_low, q_high) = wilson(a.sum(), n, level), wilson(b.sum(), n, level)
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
+
+    value = p - q
+    return Difference(value, value - reach(p - p_low, q_high - q), value + reach(p_high - p, q - q_low))
+
+
 def paired_scores(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> Difference:
     """Mean of first - second over the same images; its interval excludes 0 only when chance does not explain it.
 
@@ -191,16 +227,21 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     Raises:
         ValueError: unequal lengths, or values other than 0 and 1.
     """
-    a, b = np.asarray(first), np.asarray(second)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"expected two sequences of equal length, got shapes {a.shape} and {b.shape}")
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError("the exact McNemar test takes 0/1 values only")
+    a, b = _binary(first, second)
     only_first = int(((a == 1) & (b == 0)).sum())
     only_second = int(((a == 0) & (b == 1)).sum())
     if only_first + only_second == 0:
         return 1.0
     return float(scipy_stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def _binary(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"expected two sequences of equal length, got shapes {a.shape} and {b.shape}")
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("expected 0/1 values only")
+    return a, b
 
 
 def estimate(

@@ -28,9 +28,10 @@ from bench.claims import (
 from bench.cli import main
 from bench.errors import GridError
 from bench.frame import COLUMNS, cell_frame
+from bench.grid import GRIDS
 from bench.paper import PAPERS, ROOT, table_ids
 from bench.plan import Options, make_plan
-from bench.stats import mcnemar, wilson
+from bench.stats import mcnemar, paired_proportions, wilson
 from bench.store import Store
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -210,6 +211,37 @@ def test_cells_that_two_grids_share_count_once() -> None:
     assert len(comparisons(claim(), pd.DataFrame(lines))) == 1
 
 
+def test_of_shared_cells_those_with_the_most_images_count() -> None:
+    lines = [
+        line(name, share * n // 200, n, grid=grid, cell=name, recipe=name)
+        for grid, n in (("a", 40), ("b", 200))
+        for name, share in (("cafd", 20), ("hgd", 80))
+    ]
+    asked = []
+
+    def pair(first: str, second: str, metric: str, images: int) -> None:
+        asked.append(images)
+
+    (found,) = comparisons(claim(), pd.DataFrame(lines), pair)
+    assert found.n == 200 and asked == [200]
+
+
+def test_a_claim_looks_at_the_grids_it_is_about() -> None:
+    made = claim(tables=["table1"], figures=["fig5"], ours={"role": ["vgg", "vgg_at"]})
+
+    def compared(grid: str, role: str = "vgg") -> int:
+        lines = [
+            line("cafd", 20, grid=grid, role=role, **CAFD),
+            line("hgd", 80, grid=grid, role=role, **HGD),
+        ]
+        return int(evaluate([made], pd.DataFrame(lines)).iloc[0]["compared"])
+
+    assert [compared(grid) for grid in ("cafd_table1", "cafd_fig5")] == [1, 1]
+    assert [compared(grid) for grid in ("cafd_table2", "cafd_fig6", "nrp_table1")] == [0, 0, 0]
+    # Its roles are those of the papers' profiles; a grid of one's own has its own.
+    assert (compared("cafd_table1", "resnet"), compared("my_grid", "resnet")) == (0, 1)
+
+
 def test_a_worst_case_is_no_attack() -> None:
     lines = [
         line(name, wrong, recipe=name, attack=attack, attack_name="pgd")
@@ -226,8 +258,8 @@ def test_rows_decide_where_they_are_there() -> None:
     lines = [line("cafd", 20, cell="a", **CAFD), line("hgd", 26, cell="b", **HGD)]
     assert verdict(lines)[0] == "undecided"
 
-    def pair(first: str, second: str, metric: str) -> Pairing:
-        assert (first, second, metric) == ("a", "b", "error_rate")
+    def pair(first: str, second: str, metric: str, images: int) -> Pairing:
+        assert (first, second, metric, images) == ("a", "b", "error_rate", 200)
         return Pairing(-0.03, -0.05, -0.01, 0.03)
 
     assert verdict(lines, pair=pair)[0] == "holds"
@@ -276,7 +308,8 @@ def test_pairs_come_from_the_stored_rows(finished: Path) -> None:
         for cell in plan.cells
         if (cell.attack_label, cell.level) == ("fgsm", "oblivious")
     }
-    found = rows(cells["random"].key[:16], cells["none"].key[:16], "error_rate")
+    images = len(cells["none"].target.ids)
+    found = rows(cells["random"].key[:16], cells["none"].key[:16], "error_rate", images)
     assert found is not None
     right = {
         name: [row["scores"][0] for row in load_rows(cell_record(store, cell), cell.target.ids)]
@@ -286,9 +319,19 @@ def test_pairs_come_from_the_stored_rows(finished: Path) -> None:
     assert found.value == pytest.approx((sum(right["none"]) - sum(right["random"])) / n)
     assert found.low <= found.value <= found.high
     assert found.p == mcnemar(right["random"], right["none"])
-    assert rows("0" * 16, cells["none"].key[:16], "error_rate") is None
+    wrong = {name: [1 - score for score in right[name]] for name in right}
+    assert found[:3] == paired_proportions(wrong["random"], wrong["none"])
+    assert rows("0" * 16, cells["none"].key[:16], "error_rate", images) is None
+    assert rows(cells["random"].key[:16], cells["none"].key[:16], "error_rate", images + 1) is None
+    # Another grid has fewer of the same images: the first ones that both have are compared.
+    few = rows(cells["random"].key[:16], cells["none"].key[:16], "error_rate", 3)
+    assert few is not None
+    assert few.value == pytest.approx((sum(right["none"][:3]) - sum(right["random"][:3])) / 3)
+    # A cell equals itself on every image, which does not prove that two such defenses always agree.
+    same = rows(cells["none"].key[:16], cells["none"].key[:16], "error_rate", images)
+    assert same is not None and same.low < 0 == same.value < same.high
     # Four classes have no top five.
-    undefined = rows(cells["random"].key[:16], cells["none"].key[:16], "top5")
+    undefined = rows(cells["random"].key[:16], cells["none"].key[:16], "top5", images)
     assert undefined is not None and math.isnan(undefined.value) and math.isnan(undefined.p)
 
     made = claim("sign", where={"level": ["oblivious"], "metric": ["error_rate"], "attack": ["fgsm"]},
@@ -467,8 +510,16 @@ def test_shipped_claims_are_well_formed() -> None:
     for item in made:
         assert item.kind in ("order", "drop", "bound", "sign")
         assert {f"{item.paper}/{table}" for table in item.tables} <= set(table_ids())
-        for selector in (item.where, item.first, item.second, item.reference):
+        for selector in (item.where, item.first, item.second, item.reference, item.ours):
             assert set(selector) <= facets
+        # What it looks at exists, and so do the roles and sources it chooses there.
+        if item.rerun:
+            assert item.grids
+            text = "".join(
+                (GRIDS / "papers" / f"{name}.yaml").read_text(encoding="utf-8") for name in item.grids
+            )
+            chosen = [*item.ours.get("role", ()), *"+".join(item.ours.get("source", ())).split("+")]
+            assert all(role in text for role in chosen)
         assert bool(item.first and item.second) == (item.kind != "bound")
         limits = [item.at_least, item.at_most, item.within]
         assert sum(limit is not None for limit in limits) == (item.kind in ("drop", "bound"))

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from bench.protocols import Metric
-from bench.stats import bootstrap_interval, estimate, mcnemar, paired_difference, wilson, worst_case
+from bench.stats import (
+    bootstrap_interval,
+    estimate,
+    mcnemar,
+    paired_difference,
+    paired_proportions,
+    wilson,
+    worst_case,
+)
 
 
 class MeanScore(Metric):
@@ -167,6 +175,40 @@ def test_paired_interval_is_narrower_when_sides_agree() -> None:
 def test_paired_difference_to_itself_is_zero() -> None:
     values = np.linspace(0, 1, 25)
     assert paired_difference(MeanScore(), values, values, 25, seed=0) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17: 2635, table III, method 10.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((1, 97, 0, 2), 0.9031, 0.9867),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+    ],
+)
+def test_paired_proportions_published_values(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    both, only_first, only_second, neither = counts
+    first = [1] * both + [1] * only_first + [0] * only_second + [0] * neither
+    second = [1] * both + [0] * only_first + [1] * only_second + [0] * neither
+    found = paired_proportions(first, second)
+    assert found.value == pytest.approx((only_first - only_second) / sum(counts))
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    mirrored = paired_proportions(second, first)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_paired_proportions_cover_the_truth() -> None:
+    generator = np.random.default_rng(0)
+    cells = np.array([0.6, 0.15, 0.05, 0.2])
+    drawn = generator.choice(4, (1000, 25), p=cells)
+    first, second = np.isin(drawn, (0, 1)).astype(float), np.isin(drawn, (0, 2)).astype(float)
+    found = [paired_proportions(list(a), list(b)) for a, b in zip(first, second, strict=True)]
+    assert 0.93 <= np.mean([one.low <= 0.1 <= one.high for one in found]) <= 0.99
+    with pytest.raises(ValueError, match="at least one image"):
+        paired_proportions([], [])
 
 
 def test_mcnemar_known_values() -> None:
