@@ -776,7 +776,13 @@ def comparison_markdown(compared: pd.DataFrame, absolute: bool | None = None) ->
         rows.append([*row, number(line["difference"], f"+{form}")] if absolute else row)
     if absolute:
         return shown(rows, [*heads, "difference"], 6) + "\n"
+    profiles = ", ".join(sorted(set(compared["profile"]))) or "none"
+    why = f"Other data and models than the paper's (profile {profiles}): absolute numbers mean nothing here"
     found = agreement(compared)
+    if found.empty:
+        return (
+            f"{why}, and no column has two rows whose order could be compared.\n\n{shown(rows, heads, 6)}\n"
+        )
     orders = [
         [
             line["part"], line["column"], line["target"], str(line["rows"]),
@@ -785,12 +791,10 @@ def comparison_markdown(compared: pd.DataFrame, absolute: bool | None = None) ->
         ]
         for line in found.to_dict("records")
     ]  # fmt: skip
-    profiles = ", ".join(sorted(set(compared["profile"]))) or "none"
     sums = {name: int(found[name].sum()) for name in ("same_order", "pairs", "ties", "same_sign", "signs")}
     said = (
-        f"Other data and models than the paper's (profile {profiles}): absolute numbers mean nothing here, so order "
-        f"and sign are compared. Over all columns {sums['same_order']} of {sums['pairs']} pairs of rows stand in the "
-        f"paper's order ({sums['ties']} are equal here)"
+        f"{why}, so order and sign are compared. Over all columns {sums['same_order']} of {sums['pairs']} pairs of "
+        f"rows stand in the paper's order ({sums['ties']} are equal here)"
     )
     if sums["signs"]:
         said += f", and {sums['same_sign']} of {sums['signs']} defended cells are on its side of the undefended one"

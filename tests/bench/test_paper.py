@@ -351,6 +351,67 @@ def test_columns_without_an_undefended_row_have_no_sign() -> None:
     assert (line["rows"], line["same_order"], line["pairs"], line["signs"]) == (2, 1, 1, 0)
 
 
+def test_a_retrained_model_is_ranked_among_the_defenses_of_its_model() -> None:
+    frame = pd.DataFrame(
+        [
+            measured("vgg", "cafd", "pgd", 0.9),
+            measured("vgg", "jpeg", "pgd", 0.9),
+            measured("vgg_at", "at", "pgd", 0.5),
+        ]
+    )
+    mapping = {
+        "table": "cafd/table1",
+        "where": {"dataset": "SVHN"},
+        "defense": {"cafd": "cafd", "jpeg": "jpeg_q75", "at": "at"},
+        "attack": {"pgd": "PGD_N"},
+    }
+    (line,) = agreement(compare(frame, mapping)).to_dict("records")
+    assert (line["rows"], line["pairs"], line["same_order"], line["ties"]) == (3, 3, 1, 1)
+    assert "(1 are equal here)" in comparison_markdown(compare(frame, mapping))
+    # Alone it can be compared with nothing.
+    alone = compare(frame[frame["defense"] == "at"], mapping | {"defense": {"at": "at"}})
+    assert len(alone) == 1 and agreement(alone).empty
+    assert "no column has two rows" in comparison_markdown(alone)
+
+
+def test_attacks_that_the_paper_prints_as_their_mean() -> None:
+    frame = pd.DataFrame(
+        [
+            measured("inc", "none", "fgsm", 0.2, metric="accuracy"),
+            measured("inc", "none", "ifgsm", 0.1, metric="accuracy", level="transfer", n=50),
+            measured("inc", "none", "fgsm", 0.02, metric="denoising_loss", unit=""),
+        ]
+    )
+    mapping = {
+        "table": "hgd/table2",
+        "defense": {"none": "none"},
+        "attack": {
+            "fgsm": {"eps": 4, "attack": "white_test_set"},
+            "ifgsm": {"eps": 4, "attack": "white_test_set"},
+        },
+        "level": {"oblivious": {"eps": 4}, "transfer": {"eps": 4}},
+    }
+    each = compare(frame, mapping | {"where": {"metric": "accuracy_percent"}})
+    each = each[each["metric"] == "accuracy"]
+    assert list(each["measured"]) == [20.0, 10.0]
+    whole = compare(
+        frame[frame["metric"] == "accuracy"],
+        mapping | {"mean": True, "where": {"metric": "accuracy_percent"}},
+    )
+    (line,) = whole.to_dict("records")
+    assert (line["measured"], line["attack"], line["level"]) == (15.0, "fgsm+ifgsm", "oblivious+transfer")
+    assert (line["low"], line["high"], line["n"]) == (pytest.approx(14), pytest.approx(16), 50)
+    assert (line["paper"], line["difference"]) == (14.5, pytest.approx(0.5))
+    # What is no percentage keeps its digits.
+    losses = compare(
+        frame[frame["metric"] == "denoising_loss"],
+        mapping | {"attack": {"fgsm": mapping["attack"]["fgsm"]}, "level": {"oblivious": {"eps": 4}}},
+    )  # type: ignore[index]
+    assert "| 0.0200 | [0.0100, 0.0300] | 100 | 0.0177 |" in re.sub(" +", " ", comparison_markdown(losses))
+    with pytest.raises(GridError, match="paper: mean: expected true or false, got 'yes'"):
+        compare(frame, mapping | {"mean": "yes"})
+
+
 def test_comparison_as_text() -> None:
     found = compare(lines(), MAPPING)
     mini = comparison_markdown(found)
