@@ -168,6 +168,11 @@ class TrainingSettings(_Strict):
         description="parameters that replace those of the role's dataset",
     )
     images: int | None = Field(default=None, ge=1, description="the first N images; all when absent")
+    crop: int | None = Field(
+        default=None,
+        ge=1,
+        description="train on a square of this side from each image, at a place drawn once; whole images when absent",
+    )
     score: Score | None = None
     recipes: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -175,14 +180,29 @@ class TrainingSettings(_Strict):
     )
 
 
+class Overrides(_Strict):
+    """What a grid's defenses and attacks take on a profile's data instead of what the grid says."""
+
+    defenses: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="parameters, by registered name of the defense"
+    )
+    attacks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="parameters, by registered name of the attack"
+    )
+
+
 class Profile(_Strict):
-    """A profile file: roles bound to data and weights, and how defenses are trained on them."""
+    """A profile file: roles bound to data and weights, how defenses are trained on them, and what differs there."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")
     title: str = ""
     roles: dict[str, Role] = Field(min_length=1)
     training: dict[str, TrainingSettings] = Field(
         default_factory=dict, description="by role or task; the role's own entry replaces its task's"
+    )
+    overrides: dict[str, Overrides] = Field(
+        default_factory=dict,
+        description="parameters that replace a grid's, by role or task; the role's own entry replaces its task's",
     )
 
 

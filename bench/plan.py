@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from bench.chain import Chain
 from bench.errors import (
@@ -180,6 +180,8 @@ class _Planner:
         self._placed: dict[tuple[int, str], tuple[Defense, Defense | None]] = {}
         self._others: dict[tuple[int, int], tuple[Defense, Defense]] = {}
         self._missing: dict[str, MissingCheckpoint] = {}
+        self._own: dict[tuple[int, str], tuple[Defense | Attack, Defense | Attack]] = {}
+        self._check_overrides()
 
     def plan(self) -> Plan:
         for label, spec in self.grid.defenses.items():
@@ -210,6 +212,56 @@ class _Planner:
             tuple(self.cells.values()),
             {column: tuple(values) for column, values in self.orders.items()},
         )
+
+    # -- what the profile gives in place of the grid -----------------------------------------------------------------
+    def _check_overrides(self) -> None:
+        for name, entry in self.profile.overrides.items():
+            at = f"{self.profile_source}, overrides"
+            if name not in self.profile.roles and name not in TASKS.names():
+                raise GridError(
+                    f"{at}: {unknown('role or task', name, [*self.profile.roles, *TASKS.names()])}"
+                )
+            for kind, changes, known in (
+                ("defense", entry.defenses, DEFENSES.names()),
+                ("attack", entry.attacks, ATTACKS.names()),
+            ):
+                for plugin in changes:
+                    if plugin not in known:
+                        raise GridError(f"{at}.{name}.{kind}s: {unknown(kind, plugin, known)}")
+
+    def _overridden(
+        self, kind: Literal["defenses", "attacks"], plugin: str, target: Target
+    ) -> dict[str, Any]:
+        entry = self.profile.overrides.get(target.role, self.profile.overrides.get(target.task))
+        return {} if entry is None else getattr(entry, kind).get(plugin, {})
+
+    def _own_defense(self, defense: Defense, target: Target) -> Defense:
+        """`defense` with the parameters that the profile gives it on the data of `target`."""
+        key = (id(defense), target.role)
+        if key not in self._own:
+            own = defense
+            if isinstance(defense, Chain):
+                members = [self._own_defense(member, target) for member in defense.members]
+                if any(a is not b for a, b in zip(members, defense.members, strict=True)):
+                    own = Chain(members)
+            elif changes := self._overridden("defenses", defense.name, target):
+                at = f"{self.profile_source}, overrides, role {target.role}"
+                own = DEFENSES.create(defense.name, {**defense.params, **changes}, at)
+                own.eval().requires_grad_(False)
+            # With the original, which must live as long as its id is a key.
+            self._own[key] = (defense, own)
+        return cast(Defense, self._own[key][1])
+
+    def _own_attack(self, attack: Attack, target: Target) -> Attack:
+        """`attack` with the parameters that the profile gives it on the data of `target`."""
+        key = (id(attack), target.role)
+        if key not in self._own:
+            own = attack
+            if changes := self._overridden("attacks", attack.name, target):
+                at = f"{self.profile_source}, overrides, role {target.role}"
+                own = ATTACKS.create(attack.name, {**attack.params, **changes}, at)
+            self._own[key] = (attack, own)
+        return cast(Attack, self._own[key][1])
 
     # -- resolution -----------------------------------------------------------------------------------------------
     def _target(self, role: str, where: str) -> Target:
@@ -295,7 +347,7 @@ class _Planner:
         if threat.surrogate is None:
             other = self._retrained(original, int(threat.surrogate_seed or 0))
         else:
-            other = self._defense(threat.surrogate, f"{where}.surrogate")[1]
+            other = self._own_defense(self._defense(threat.surrogate, f"{where}.surrogate")[1], target)
         return self._place(other, target.role)
 
     def _retrained(self, defense: Defense, seed: int) -> Defense:
@@ -324,14 +376,16 @@ class _Planner:
         attacks = [self._attack(spec, f"{where}.attacks[{i}]") for i, spec in enumerate(block.attacks)]
         for target in targets:
             for i, (label, attack) in enumerate(attacks):
-                self._check_attack(attack, label, target, f"{where}.attacks[{i}]")
-            for defense_label, defense in defenses:
+                self._check_attack(self._own_attack(attack, target), label, target, f"{where}.attacks[{i}]")
+            for defense_label, given in defenses:
+                defense = self._own_defense(given, target)
                 if block.clean:
                     self._add(target, defense_label, defense, CLEAN, None, None, where)
                 for threat_index, threat in enumerate(block.threats):
                     for attack_label, attack in attacks:
                         at = f"{where}.threats[{threat_index}]"
-                        self._add(target, defense_label, defense, attack_label, attack, threat, at)
+                        own = self._own_attack(attack, target)
+                        self._add(target, defense_label, defense, attack_label, own, threat, at)
 
     def _check_attack(self, attack: Attack, label: str, target: Target, where: str) -> None:
         if attack.tasks is not None and target.task not in attack.tasks:

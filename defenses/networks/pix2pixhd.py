@@ -34,11 +34,17 @@ class GlobalGenerator(nn.Module):
         width: channels of the first convolution (ngf).
         downsamplings: stages of stride 2.
         blocks: residual blocks.
+        size: side that images are resized to before the network and back from after it (bilinear, corners aligned, as
+            the alignment code); None = it runs at their own size.
     """
 
-    def __init__(self, width: int = 64, downsamplings: int = 2, blocks: int = 9) -> None:
+    def __init__(
+        self, width: int = 64, downsamplings: int = 2, blocks: int = 9, size: int | None = None
+    ) -> None:
         super().__init__()
-        self.downsamplings = downsamplings
+        if size is not None and size < 8:
+            raise ValueError(f"size must be at least 8, got {size}")
+        self.downsamplings, self.size = downsamplings, size
         layers: list[nn.Module] = [
             nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.InstanceNorm2d(width), nn.ReLU(inplace=True)
         ]  # fmt: skip
@@ -60,7 +66,11 @@ class GlobalGenerator(nn.Module):
         """(B, 3, H, W) in [-1,1] to the same."""
         step = 2**self.downsamplings
         # Reflection needs more pixels than it pads: 3 at the full size, 1 at the smallest (instance norm also needs 2).
-        return padded(self.model, images, step, max(4, 2 * step))
+        if self.size is None:
+            return padded(self.model, images, step, max(4, 2 * step))
+        inner = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=True)
+        out = padded(self.model, inner, step, max(4, 2 * step))
+        return F.interpolate(out, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
 
 class _Scale(nn.Module):

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from bench.errors import GridError, NotApplicable, PluginError, unknown
+from bench.errors import DataError, GridError, NotApplicable, PluginError, unknown
 from bench.grid import Profile, TrainingSettings, load_profile, split_spec
 from bench.keys import content_key
 from bench.plan import task_instance
 from bench.protocols import Attack, Batch, Dataset, Defense, ImageRNG, ModelSource, Sample, TargetModel
-from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS
+from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS
+from bench.rng import derive_seed
 from bench.weights import read_meta
 from defenses._learned import SHIPPED
 from defenses.training.adversary import Adversary, AttackAdversary, attacks_identity
@@ -79,14 +81,21 @@ class Training:
         """The training adversaries with their weights.
 
         Raises:
-            BenchError: an attack the recipe names is unknown or has wrong parameters.
+            BenchError: an attack the recipe names is unknown, has wrong parameters or is not for the target's task.
         """
         out = []
+        losses = TASKS.resolve(self.source.task).losses
         for spec in self.recipe.attacks:
             where = f"recipe {self.recipe_name}, attacks"
             attack = ATTACKS.create(str(spec["name"]), dict(spec.get("params", {})), where)
             if attack.tasks is not None and self.source.task not in attack.tasks:
                 raise PluginError(f"{where}: attack '{attack.name}' cannot attack {self.source.task}")
+            for kind in attack.loss_kinds():
+                if kind not in losses:
+                    raise PluginError(
+                        f"{where}: attack '{attack.name}': "
+                        + unknown(f"loss of task {self.source.task}", kind, losses)
+                    )
             out.append((attack, float(spec.get("weight", 1.0))))
         return out
 
@@ -105,6 +114,7 @@ class Training:
                 "fingerprint": self.data.fingerprint(),
                 "input": self.source.input_spec(),
                 "images": self.images,
+                **({} if self.settings.crop is None else {"crop": self.settings.crop}),
             },
             attacks_identity(self.attacks, self.recipe.static) if self.attacks else None,
         )
@@ -130,6 +140,10 @@ class Training:
             reason = f"{path} was made by another recipe, from other data or for other target weights"
         return None, reason
 
+    def samples(self, target: TargetModel) -> Prepared:
+        """The training images as `target` sees them."""
+        return Prepared(self.data, target, self.images, self.settings.crop)
+
     # -- doing it ---------------------------------------------------------------------------------------------------
     def trainer(
         self,
@@ -151,7 +165,7 @@ class Training:
             cache = (state.parent.parent / f"adversarial-{shared[:16]}.safetensors", shared)
         return Trainer(
             self.recipe,
-            Prepared(self.data, target, self.images),
+            self.samples(target),
             self.adversary(target),
             target,
             key=self.key,
@@ -180,7 +194,7 @@ class Training:
         adversary = self.adversary(target, static=False)
         if adversary is None:
             return step * trainer.total
-        samples = Prepared(self.data, target, self.images)
+        samples = self.samples(target)
         batch = Batch.of([samples[i] for i in range(min(self.recipe.batch, self.images))]).to(device)
         began = time.perf_counter()
         adversary(batch, "estimate")
@@ -211,11 +225,19 @@ class Prepared:
         data: the dataset.
         target: prepares each sample.
         count: how many.
+        crop: side of the square that is cut from each; None = all of it.
         keep: bytes of pixels to keep at most.
     """
 
-    def __init__(self, data: Dataset, target: TargetModel, count: int, keep: int = 2 << 30) -> None:
-        self.data, self.target, self.count = data, target, count
+    def __init__(
+        self,
+        data: Dataset,
+        target: TargetModel,
+        count: int,
+        crop: int | None = None,
+        keep: int = 2 << 30,
+    ) -> None:
+        self.data, self.target, self.count, self.crop = data, target, count, crop
         self._kept: dict[int, Sample] = {}
         self._left = keep
 
@@ -227,11 +249,42 @@ class Prepared:
         if known is not None:
             return known
         sample = self.target.prepare(self.data[index])
+        if self.crop is not None:
+            sample = cropped(sample, self.crop)
         size = sample.image.numel() * sample.image.element_size()
         if size <= self._left:
             self._left -= size
             self._kept[index] = sample
         return sample
+
+
+def cropped(sample: Sample, side: int) -> Sample:
+    """A square of an image and of its label map, at a place that the image's id alone decides.
+
+    Args:
+        sample: image (3, H, W) with a label, or a label map (H, W).
+        side: of the square, in pixels.
+
+    Raises:
+        DataError: the image is smaller, or its ground truth is objects.
+    """
+    height, width = int(sample.image.shape[-2]), int(sample.image.shape[-1])
+    if min(height, width) < side:
+        raise DataError(
+            f"training.crop: image {sample.id} is {height}x{width} pixels, a crop of {side} does not fit"
+        )
+    # Static adversaries are kept by image and shared between recipes: the place depends on neither epoch nor seed.
+    y = derive_seed("crop y", sample.id) % (height - side + 1)
+    x = derive_seed("crop x", sample.id) % (width - side + 1)
+    target = sample.target
+    if isinstance(target, Tensor) and target.ndim == 2:
+        target = target[y : y + side, x : x + side]
+    elif not isinstance(target, int):
+        raise DataError(
+            f"training.crop: ground truth of image {sample.id} is {type(target).__name__}; only labels and label maps "
+            "can be cropped"
+        )
+    return Sample(sample.image[:, y : y + side, x : x + side].clone(), target, sample.id)
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from bench.chain import Chain
 from bench.errors import BenchError, GridError
 from bench.grid import Grid, load_grid, load_profile, split_spec
+from bench.plan import Cell, Options, make_plan
 
 GOOD = """
 name: demo
@@ -122,3 +125,54 @@ def test_the_schema_describes_every_key() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Grid.model_fields)
     assert {"Block", "ThreatSpec", "Evaluate", "TableSpec"} <= set(schema["$defs"])
+
+
+def _planned(tmp_path: Path, overrides: str) -> list[Cell]:
+    profile = tmp_path / "own.yaml"
+    profile.write_text(
+        "name: own\nroles:\n  a: {dataset: {name: mini_digits, count: 2}, model: mini_resnet}\n"
+        f"  b: {{dataset: {{name: mini_digits, count: 2}}, model: mini_resnet}}\n{overrides}"
+    )
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        f"name: demo\nprofile: {profile}\n"
+        "attacks: {fast: {name: fgsm, eps: 8/255}}\n"
+        "blocks: [{roles: [a, b], defenses: [jpeg, [jpeg, bit_depth]], attacks: [fast], threats: [oblivious]}]\n"
+    )
+    return list(make_plan(Options(grid)).cells)
+
+
+def test_a_profile_replaces_parameters_of_a_grid(tmp_path: Path) -> None:
+    own = "{defenses: {jpeg: {quality: 11}}, attacks: {fgsm: {eps: 1/255}}}"
+    plain = _planned(tmp_path, "")
+    by_role = _planned(tmp_path, f"overrides: {{b: {own}}}")
+    # The role's own entry replaces its task's.
+    by_task = _planned(tmp_path, f"overrides: {{classification: {own}, a: {{}}}}")
+    assert [c.key for c in by_task] == [c.key for c in by_role]
+    for before, after in zip(plain, by_role, strict=True):
+        assert before.label == after.label
+        assert (before.key == after.key) == (after.target.role == "a")
+        if after.target.role == "b":
+            members = after.defense.members if isinstance(after.defense, Chain) else (after.defense,)
+            assert members[0].params["quality"] == 11
+            assert after.attack is None or Fraction(after.attack.params["eps"]) == Fraction(1, 255)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "{classificaton: {}}",
+            "overrides: unknown role or task 'classificaton': did you mean 'classification'?",
+        ),
+        ("{b: {defense: {}}}", "unknown key 'defense': did you mean 'defenses'?"),
+        ("{b: {defenses: {jpg: {}}}}", "overrides.b.defenses: unknown defense 'jpg': did you mean 'jpeg'?"),
+        ("{b: {attacks: {fgms: {}}}}", "overrides.b.attacks: unknown attack 'fgms': did you mean 'fgsm'?"),
+        ("{b: {defenses: {jpeg: {quality: 0}}}}", "overrides, role b: "),
+        ("{b: {defenses: {jpeg: {qualty: 9}}}}", "did you mean 'quality'?"),
+    ],
+)
+def test_mistakes_in_overrides_are_one_line(tmp_path: Path, overrides: str, message: str) -> None:
+    with pytest.raises(BenchError) as error:
+        _planned(tmp_path, f"overrides: {overrides}")
+    assert message in str(error.value) and "\n" not in str(error.value) and "own.yaml" in str(error.value)

@@ -5,6 +5,7 @@ profile with the papers' data and models runs.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -21,12 +22,17 @@ from PIL import Image
 from bench.errors import BenchError, MissingCheckpoint, WeightsError
 from bench.figures.output import check_figures
 from bench.frame import cell_frame
-from bench.grid import GRIDS, load_grid, load_profile, read_yaml, split_spec
+from bench.grid import GRIDS, Grid, Overrides, load_grid, load_profile, read_yaml, split_spec
 from bench.paper import Value, compare, frame_metric, layout, table_ids, values
 from bench.plan import Options, make_plan
-from bench.registry import DATASETS, MODELS
+from bench.protocols import Dataset, Sample
+from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bench.tables import build, selected
+from bench.weights import save_safetensors
 from defenses._learned import Learned
+from defenses.training import session
+from defenses.training.objectives import objective
+from tasks.mini.layout import write_tree
 
 PAPERS = sorted((GRIDS / "papers").glob("*.yaml"))
 NOT_COVERED = read_yaml(GRIDS.parent / "results" / "paper" / "not_covered.yaml")
@@ -257,3 +263,161 @@ def test_missing_weights_of_a_retrained_model_say_what_they_are(
     name, params, _ = split_spec(load_profile("paper")[0].roles[role].model, role)
     with pytest.raises(WeightsError, match=said):
         MODELS.create(name, params).identity()
+
+
+# -- what the papers' profile trains -----------------------------------------------------------------------------------
+def _members(grid: Grid, spec: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and parameters of the defenses a spec is made of."""
+    if isinstance(spec, list):
+        for part in spec:
+            yield from _members(grid, part)
+    elif isinstance(spec, str) and grid.defenses.get(spec, spec) != spec:
+        yield from _members(grid, grid.defenses[spec])
+    else:
+        yield split_spec(spec, "")[:2]
+
+
+def _trainings() -> set[tuple[str, str]]:
+    """(role, recipe) of every checkpoint the papers' grids ask for."""
+    found = set()
+    for path in PAPERS:
+        grid = load_grid(path)
+        for block in grid.blocks:
+            specs = [*block.defenses, *(t.surrogate for t in block.threats if t.surrogate is not None)]
+            for name, params in (member for spec in specs for member in _members(grid, spec)):
+                if isinstance(DEFENSES.resolve(name), type) and issubclass(DEFENSES.resolve(name), Learned):
+                    recipe = params.get("recipe") or name
+                    found |= {(params.get("trained_for") or role, recipe) for role in block.roles}
+    return found
+
+
+class _Large(Dataset):
+    """A classification set with as many images as ImageNet's recipes ask for; none is read."""
+
+    task = "classification"
+    name = "large"
+
+    def __len__(self) -> int:
+        return 30_000
+
+    def __getitem__(self, index: int) -> Sample:
+        raise AssertionError(f"image {index} is read")
+
+    def fingerprint(self) -> str:
+        return "large"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data root with a few scenes, and a file for all weights; sets of images are as large as asked for."""
+    place = tmp_path_factory.mktemp("paper")
+    data = place / "data"
+    write_tree(place, "cityscapes", "train", 2).rename(data)
+    (data / "VOCdevkit").mkdir()
+    for year in ("2007", "2012"):
+        tree = write_tree(place / year, "voc", "train", 2).rename(data / "VOCdevkit" / f"VOC{year}")
+        (tree / "ImageSets" / "Main" / "train.txt").rename(tree / "ImageSets" / "Main" / "trainval.txt")
+        for path in (tree / "Annotations").iterdir():
+            path.write_text(re.sub(r"(<object><name>)\w+", r"\1bird", path.read_text()))
+    for binding in load_profile("paper")[0].roles.values():
+        if isinstance(binding.model, dict):
+            file = place / str(binding.model.get("checkpoint", binding.model.get("weights")))
+            if file.suffix == ".safetensors":
+                save_safetensors(file, {"x": torch.zeros(1)}, meta={"mean": [0, 0, 0], "std": [1, 1, 1]})
+            else:
+                torch.save({"x": torch.zeros(1)}, file)
+    made = session._dataset
+
+    def dataset(*arguments: Any) -> Dataset:
+        found = made(*arguments)
+        return found if found.task != "classification" else _Large()
+
+    session._plan_training.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("BENCH_DATA", "data")
+        patch.setattr(session, "_dataset", dataset)
+        yield place
+    session._plan_training.cache_clear()
+
+
+@pytest.mark.parametrize("role", sorted({role for role, _ in _trainings()}))
+def test_every_training_of_the_papers_profile_can_be_planned(root: Path, role: str) -> None:
+    for recipe in sorted(recipe for other, recipe in _trainings() if other == role):
+        training = session.plan_training("paper", role, recipe)
+        if role.startswith(("voc", "cityscapes")):
+            assert len(training.data) == (4 if "0712" in role else 2)
+        # Attacks, losses and data, with what they need; networks without their memory.
+        assert len(training.key) == 64
+        with torch.device("meta"):
+            side = training.settings.crop or 300
+            network, critic = training.recipe.build((side, side), 20)
+        losses = objective(training.recipe.objective, dict(training.recipe.objective_args))
+        assert losses.adversarial == (critic is not None)
+        assert next(network.parameters()).is_meta
+
+
+ALIGNMENT = ("alignment", "alignment_li", "alignment_lf", "alignment_lif", "alignment_lt", "alignment_ltf")
+
+
+@pytest.mark.parametrize("recipe", ALIGNMENT)
+@pytest.mark.parametrize(
+    "role", ["cityscapes_pspnet", "cityscapes_deeplabv3", "voc2012_pspnet", "voc2012_deeplabv3"]
+)
+def test_alignment_is_trained_on_label_maps_as_the_paper_says(root: Path, role: str, recipe: str) -> None:
+    """Appendix A.1: BIM of eps 0.03, 3 steps of 0.01; four down-samplings, 512x512 for the generator."""
+    training = session.plan_training("paper", role, recipe)
+    ((attack, _),) = training.attacks
+    assert attack.name == "bim" and attack.params["steps"] == 3
+    assert (Fraction(attack.params["eps"]), Fraction(attack.params["alpha"])) == (
+        Fraction(3, 100),
+        Fraction(1, 100),
+    )
+    assert training.settings.crop == 512
+    assert training.recipe.network_args == {"downsamplings": 4}
+    assert not training.recipe.static
+
+
+@pytest.mark.parametrize("recipe", ALIGNMENT)
+@pytest.mark.parametrize("role", ["voc0712_ssd", "voc0712_rfbnet"])
+def test_alignment_is_trained_on_boxes_as_the_paper_says(root: Path, role: str, recipe: str) -> None:
+    """Appendix A.1: 8 of 255 on the classification or the localisation loss; 256x256 for the generator."""
+    training = session.plan_training("paper", role, recipe)
+    assert [attack.params["loss"] for attack, _ in training.attacks] == ["cls", "loc"]
+    assert {(a.name, Fraction(a.params["eps"]), weight) for a, weight in training.attacks} == {
+        ("fgsm", Fraction(8, 255), 1.0)
+    }
+    assert training.recipe.network_args == {"downsamplings": 4, "size": 256}
+    assert training.recipe.objective_args["conditioned"] is False
+
+
+@pytest.mark.parametrize("role", ["cifar100_wrn34", "imagenet64_resnet50", "voc2012_pspnet", "voc0712_ssd"])
+def test_what_alignment_compares_with_has_its_epochs_and_batch(root: Path, role: str) -> None:
+    wanted = session.plan_training("paper", role, "alignment").recipe
+    for name in ("hgd", "apegan_prime", "nrp"):
+        found = session.plan_training("paper", role, name).recipe
+        assert (found.epochs, found.batch) == (wanted.epochs, wanted.batch)
+
+
+# -- what the papers' profile has in place of the embedded data's ------------------------------------------------------
+def test_no_grid_keeps_the_embedded_datas_settings_on_the_papers_profile() -> None:
+    profile = load_profile("paper")[0]
+    replaced = set()
+    for path in PAPERS:
+        grid = load_grid(path)
+        for block in grid.blocks:
+            attacks = [split_spec(grid.attacks.get(str(a), a), "")[:2] for a in block.attacks]
+            defenses = [member for spec in block.defenses for member in _members(grid, spec)]
+            wanted = [("attacks", "cda", "weights"), ("defenses", "quilting", "dataset")]
+            if path.stem == "nrp_table4":
+                wanted.append(("attacks", "ssp", "vgg"))
+            for role in block.roles:
+                own = profile.overrides.get(role, Overrides())
+                for kind, name, key in wanted:
+                    used = [params for n, params in (*attacks, *defenses) if n == name]
+                    changes = getattr(own, kind).get(name, {})
+                    assert not used or changes.get(key), f"{path.stem}, {role}: {name} is the embedded data's"
+                    for params in used:
+                        (ATTACKS if kind == "attacks" else DEFENSES).validate(name, {**params, **changes})
+                        replaced.add(name)
+    assert replaced == {"cda", "quilting", "ssp"}

@@ -173,3 +173,17 @@ def test_multiscale_discriminator_returns_all_features():
     assert len(out) == 2 and all(len(scale) == 5 for scale in out)
     assert [f.shape[1] for f in out[0]] == [4, 8, 16, 32, 1]
     assert out[0][-1].shape[-1] > out[1][-1].shape[-1]
+
+
+def test_the_global_generator_runs_at_a_size_of_its_own() -> None:
+    torch.manual_seed(0)
+    own, plain = GlobalGenerator(4, 2, 1, size=16), GlobalGenerator(4, 2, 1)
+    plain.load_state_dict(own.state_dict())
+    seen: list[tuple[int, ...]] = []
+    own.model.register_forward_hook(lambda _module, inputs, _out: seen.append(tuple(inputs[0].shape)))
+    images = torch.rand(1, 3, 20, 26) * 2 - 1
+    assert own(images).shape == images.shape and seen == [(1, 3, 16, 16)]
+    inside = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(own(inside), plain(inside))
+    with pytest.raises(ValueError, match="size must be at least 8"):
+        GlobalGenerator(4, 2, 1, size=4)

@@ -14,11 +14,12 @@ import yaml
 from bench.errors import BenchError, MissingCheckpoint
 from bench.frame import cell_frame
 from bench.plan import Options, make_plan
+from bench.protocols import Sample
 from bench.registry import load_plugin
 from bench.store import Store
 from bench.weights import load_state, read_meta
 from defenses.training.recipe import RECIPES
-from defenses.training.session import plan_training
+from defenses.training.session import cropped, plan_training
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "plugins" / "toy.py"
@@ -250,3 +251,41 @@ def test_what_cannot_be_trained_is_one_line(
     code, _, err = train(*arguments)
     assert code == 2 and len(err.splitlines()) == 1 and message in err
     assert not list(place.glob("s/checkpoints/*"))
+
+
+def test_an_attack_on_a_loss_that_the_task_lacks_is_refused_before_anything_runs(place: Path) -> None:
+    (place / "profile.yaml").write_text(yaml.safe_dump({
+        **PROFILE, "training": {"classification": {**TRAINING, "recipes": {
+            "apegan": {**RECIPE, "attacks": [{"name": "fgsm", "params": {"loss": "cls"}}]},
+        }}},
+    }))  # fmt: skip
+    with pytest.raises(BenchError, match=r"attack 'fgsm': unknown loss of task classification 'cls'"):
+        _ = plan_training(str(place / "profile.yaml"), "classification", "apegan").attacks
+
+
+def test_crops_are_the_same_square_of_image_and_label_map() -> None:
+    image = torch.arange(3 * 20 * 30, dtype=torch.float32).view(3, 20, 30)
+    labels = image[0].long()
+    made = [cropped(Sample(image, labels, name), 8) for name in ("a", "a", "b")]
+    for sample in made:
+        assert sample.image.shape == (3, 8, 8)
+        assert torch.equal(sample.image[0].long(), sample.target)
+    assert torch.equal(made[0].image, made[1].image) and not torch.equal(made[0].image, made[2].image)
+    assert cropped(Sample(image, 4, "a"), 8).target == 4
+    with pytest.raises(BenchError, match=r"image a is 20x30 pixels, a crop of 21 does not fit"):
+        cropped(Sample(image, 4, "a"), 21)
+    with pytest.raises(BenchError, match=r"ground truth of image a is list; only labels and label maps"):
+        cropped(Sample(image, [], "a"), 8)
+
+
+def test_trained_on_crops(place: Path, train: Run) -> None:
+    whole = plan_training("profile.yaml", "classification", "apegan")
+    (place / "crops.yaml").write_text(
+        yaml.safe_dump({**PROFILE, "training": {"classification": {**TRAINING, "crop": 8}}})
+    )
+    small = plan_training("crops.yaml", "classification", "apegan")
+    assert (
+        small.key != whole.key and small.payload["data"]["crop"] == 8 and "crop" not in whole.payload["data"]
+    )
+    target = small.source.load(torch.device("cpu"))
+    assert {tuple(small.samples(target)[i].image.shape) for i in range(small.images)} == {(3, 8, 8)}
