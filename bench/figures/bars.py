@@ -111,7 +111,7 @@ class Bars(FigureKind):
             if label.count("%"):
                 axes.set_ylim(0, 105)
         if len(bars) > 1:
-            legend(figure, [axes for (axes,) in grid])
+            legend(figure, *(axes for (axes,) in grid))
         return figure
 
 

@@ -185,7 +185,7 @@ def panels(
     return styled(make)
 
 
-def legend(figure: Figure, shown: Sequence[Axes]) -> None:
+def legend(figure: Figure, *shown: Axes) -> None:
     """One legend below all panels, of what these show together, in as many columns as fit."""
     found: dict[str, Any] = {}
     for axes in shown:

@@ -109,7 +109,7 @@ class Curve(FigureKind):
                     axes.set_ylabel(label)
                 if value is not None and row == 0:
                     axes.set_title(str(value), fontsize=10)
-        legend(figure, [grid[0][0]])
+        legend(figure, grid[0][0])
         return figure
 
 

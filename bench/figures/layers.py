@@ -113,7 +113,7 @@ class Layers(FigureKind):
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer of the target, from the pixels to the top")
         axes.set_ylabel(f"relative perturbation (L{self.norm})")
-        legend(figure, [axes])
+        legend(figure, axes)
         return figure
 
 

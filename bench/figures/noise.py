@@ -110,7 +110,7 @@ class Noise(FigureKind):
             axes.grid(visible=False)
         row[0].set_ylabel("removed by the defense (of 255)")
         figure.colorbar(mesh, ax=row, label="share of pixels", shrink=0.9)
-        legend(figure, [row[0]])
+        legend(figure, row[0])
         return figure
 
 
