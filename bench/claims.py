@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from bench.errors import GridError, MissingCheckpoint, unknown
+from bench.files import write_text
 from bench.paper import PAPERS, ROOT, frame_metric, values
 
 if TYPE_CHECKING:
@@ -810,11 +810,7 @@ def claims_command(
     else:
         frame, pair = _results(grid, profile, seed, limit, plugin, store)
         text = render_claims(evaluate(claims, frame, pair), format, own)
-    if output is None:
-        sys.stdout.write(text)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_text(text, output)
 
 
 def _results(
@@ -827,7 +823,9 @@ def _results(
     from bench.cli import _open, _options
     from bench.frame import COLUMNS, cell_frame
     from bench.grid import GRIDS
+    from bench.store import check_store
 
+    check_store(store)
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
     opened = []
     for path in chosen:

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from bench.claims import claims_command
 from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
+from bench.files import check_folder, save, write_text
 from bench.paper import paper_app
 from bench.report import report_command
 
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         # A wrong option or argument; which click raises it depends on typer's version.
         if hasattr(error, "format_message"):
-            fail(error.format_message(), 2)
+            # Without a command: the usage is on the screen by now, and there is nothing to add.
+            fail(error.format_message(), 2) if error.format_message() else sys.exit(2)
         raise
     if code == 130:
         fail(interrupted, 130)
@@ -125,11 +127,14 @@ def _options(
     )
 
 
-def _open(options: Options, store: Path) -> tuple[Plan, Store]:
+def _open(options: Options, store: Path, absent: bool = False) -> tuple[Plan, Store]:
+    """The plan and its store, which only what `absent` says may be missing."""
     from bench.plan import make_plan
-    from bench.store import Store
+    from bench.store import Store, check_store
 
-    return make_plan(options), Store(store)
+    plan = make_plan(options)
+    check_store(store, absent)
+    return plan, Store(store)
 
 
 # -- run ------------------------------------------------------------------------------------------------------------
@@ -174,8 +179,9 @@ def run(
     devices = _devices(device)
     if train_missing:
         _train_missing(options, store, devices[0])
-    plan, opened = _open(options, store)
+    plan, opened = _open(options, store, absent=True)
     _check_tables(plan)
+    check_folder(out_dir or Path("results") / plan.grid.name, "--out")
     if not resume:
         overwrite(plan, opened)
     jobs, cached = pending(plan, opened)
@@ -399,7 +405,7 @@ def train(
     from defenses.training.session import Precision, plan_training
 
     for file in plugin:
-        load_plugin(file)
+        load_plugin(file, "--plugin")
     name = _trainable(defense, recipe)
     if precision not in get_args(Precision):
         raise GridError(f"--precision: {unknown('precision', precision, get_args(Precision))}")
@@ -413,6 +419,8 @@ def train(
             f"--recipe: '{name}' is a recipe of defense '{training.recipe.defense}', not of '{defense}'"
         )
     folder = out_dir or store / CHECKPOINTS
+    check_folder(store, "--store")
+    check_folder(folder, "--out" if out_dir else "--store")
     path, _ = training.find([folder])
     if path is not None and not overwrite:
         out.print(f"{training.name} is there already: {path}")
@@ -477,8 +485,9 @@ def train_target_command(
     from tasks.classification import _training as training
 
     for file in plugin:
-        load_plugin(file)
+        load_plugin(file, "--plugin")
     training.check_out(out_file)
+    check_folder(store, "--store")
     data, held_out = training.find_data(dataset, test)
     try:
         steps = tuple(int(part) for part in milestones.split(","))
@@ -594,7 +603,7 @@ def plan_command(
     from bench.progress import duration
     from bench.runner import pending
 
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store, absent=True)
     _check_tables(plan)
     jobs, cached = pending(plan, opened)
     waiting = {job.key: job for job in jobs}
@@ -639,7 +648,7 @@ def table(
     prints measured, paper's and difference for every cell; on other data than the paper's, order and sign.
     """
     from bench.frame import cell_frame
-    from bench.tables import FORMATS, render
+    from bench.tables import FORMATS, parquet, render
 
     if format not in FORMATS:
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
@@ -654,23 +663,13 @@ def table(
             raise GridError(f"--name: {unknown('table', name, (s.name for s in plan.grid.tables))}")
     frame = cell_frame(plan, opened)
     if compare is not None:
-        _write_text(_compared(plan, frame, specs, compare, format), output)
+        write_text(_compared(plan, frame, specs, compare, format), output)
         return
     if format == "parquet":
         assert output is not None
-        output.parent.mkdir(parents=True, exist_ok=True)
-        frame["flags"] = frame["flags"].map(list)
-        frame.to_parquet(output, index=False)
+        save(output, parquet(frame))
         return
-    _write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
-
-
-def _write_text(text: str, output: Path | None) -> None:
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+    write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
 
 
 def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
@@ -708,7 +707,7 @@ def list_command(
     from bench.grid import GRIDS
 
     for path in plugin:
-        registry.load_plugin(path)
+        registry.load_plugin(path, "--plugin")
     registries: dict[str, Any] = {
         "defenses": registry.DEFENSES, "attacks": registry.ATTACKS, "tasks": registry.TASKS,
         "models": registry.MODELS, "datasets": registry.DATASETS, "metrics": registry.METRICS,
@@ -726,6 +725,9 @@ def list_command(
         out.print(table)
         return
     if kind == "checkpoints":
+        from bench.store import check_store
+
+        check_store(store, absent=store == DEFAULT_STORE)
         _checkpoints(store)
         return
     if kind not in registries:
@@ -822,10 +824,8 @@ def show(
     rows = cell_record(opened, found).read_rows()
     for environment in sorted({str(row["environment"]) for row in rows}):
         out.print_json(environment)
-    limit_flag = f" --limit {limit}" if limit else ""
-    out.print(
-        f"reproduce: python -m bench run --grid {grid} --profile {plan.profile} --seed {found.seed}{limit_flag}"
-    )
+    given = (f" --profile {profile}" if profile else "") + (f" --limit {limit}" if limit else "")
+    out.print(f"reproduce: python -m bench run --grid {grid} --seed {found.seed}{given}")
 
 
 @app.command()
@@ -851,7 +851,9 @@ def figure(
     plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     if not plan.grid.figures:
         raise GridError(f"{grid}: no figures (key `figures`)")
-    _draw(plan, opened, out_dir or Path("results") / plan.grid.name, _devices(device)[0], names or None)
+    folder = out_dir or Path("results") / plan.grid.name
+    check_folder(folder, "--out")
+    _draw(plan, opened, folder, _devices(device)[0], names or None)
 
 
 def _draw(plan: Plan, opened: Store, folder: Path, device: str, names: Sequence[str] | None) -> None:
@@ -988,6 +990,8 @@ def zoo_build(
     if name != "all" and name not in names:
         raise GridError(unknown("zoo model", name, names))
     (device,) = _devices(device)
+    if out_dir is not None:
+        check_folder(out_dir, "--out")
     for item in names if name == "all" else [name]:
         with _bars() as progress:
             entry = zoo.build(item, out_dir, seed=seed, device=device, progress=_training(item, progress))

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,9 @@ def _opencv() -> str:
 
 
 def _pkg_resources() -> str:
-    importlib.import_module("pkg_resources")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        importlib.import_module("pkg_resources")
     return f"from setuptools {_version('setuptools')}"
 
 
@@ -317,12 +320,16 @@ def _store(folder: Path) -> str:
     return f"{folder}: writable, {free:.0f} GB free"
 
 
+def _install_extra(name: str) -> str:
+    return f"uv sync --extra {name}, or pip install -e '.[{name}]' in the project's folder"
+
+
 def _extras() -> Sequence[Finding]:
     findings = []
     for name, (modules, extra, purpose) in _EXTRAS.items():
         absent = [module for module in modules if importlib.util.find_spec(module) is None]
         lacks = f" ({', '.join(absent)})" if 0 < len(absent) < len(modules) else ""
-        hint = f"not installed{lacks}; optional, for {purpose}: pip install '{DISTRIBUTION}[{extra}]'"
+        hint = f"not installed{lacks}; optional, for {purpose}: {_install_extra(extra)}"
         findings.append(Finding(f"optional: {name}", True, hint if absent else "installed"))
     return [*findings, _run("optional: photographs", _photographs, _INSTALL)]
 

@@ -70,6 +70,10 @@ class NotApplicable(Exception):
         self.reason = reason
 
 
+#: Names that one line shows.
+SHOWN = 8
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when nothing is close."""
     lowered: dict[str, str] = {}
@@ -80,12 +84,22 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:
-    """One line for a name that is not known: the nearest valid name first, then all of them (at most 40)."""
+    """One line for a name that is not known: the nearest valid name first, then what there is (`listed`)."""
     names = sorted(choices)
     close = nearest(name, names)
     hint = f"did you mean '{close}'? " if close else ""
-    shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
-    return f"unknown {what} '{name}': {hint}available: {shown or 'none'}"
+    return f"unknown {what} '{name}': {hint}available: {listed(names, name)}"
+
+
+def listed(names: Iterable[str], like: str = "") -> str:
+    """Names in order, at most 8 of them: those most like `like` where it is given, and how many more there are."""
+    every = sorted(names)
+    kept = every[:SHOWN]
+    if like and len(every) > SHOWN:
+        score = {name: difflib.SequenceMatcher(None, like.lower(), name.lower()).ratio() for name in every}
+        kept = sorted(sorted(every, key=lambda name: -score[name])[:SHOWN])
+    more = f" … and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return (", ".join(kept) + more) or "none"
 
 
 #: Phrases of pydantic, in the words of every other message here; the order matters.

@@ -6,17 +6,18 @@ mistake is reported as one line with the file, the key and the nearest valid nam
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from bench.errors import GridError, expected, unknown
+from bench.errors import GridError, expected, listed, unknown
 from bench.figures import FigureSpec
 from bench.tables import TableSpec
 
@@ -119,7 +120,10 @@ class Grid(_Strict):
     title: str = ""
     profile: str = "mini"
     seed: int = Field(default=0, ge=0)
-    plugins: list[str] = Field(default_factory=list, description="plug-in files, relative to the grid file")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="plug-in files, beside the grid file or in the current folder",
+    )
     images: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
         description="images per role or task (the first N of the dataset); all when absent",
@@ -234,14 +238,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        GridError: missing, not YAML, or not a mapping.
+        GridError: missing, a folder, not YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        shipped = [p.relative_to(ROOT).as_posix() for p in GRIDS.rglob("*.yaml")] if GRIDS.is_dir() else []
-        raise GridError(unknown("grid file", str(path), shipped)) from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise GridError(unknown("grid file", str(path), _shipped())) from None
+    except IsADirectoryError:
+        # results/NAME is written from the grid NAME.
+        same = {p.stem: p for p in map(Path, _shipped())}
+        meant = same.get(path.resolve().name)
+        hint = f": did you mean '{meant.as_posix()}'?" if meant is not None else ", such as grids/table1.yaml"
+        raise GridError(f"{path} is a folder, expected a grid file{hint}") from None
+    except OSError as error:
+        raise GridError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise GridError(f"{path} cannot be read: {error}") from None
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -254,6 +265,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: expected a mapping with keys such as name and blocks, got {type(data).__name__}"
         )
     return data
+
+
+def _shipped() -> list[str]:
+    """Paths of the shipped grids, as a command run in the project's folder names them."""
+    paths = (p.relative_to(GRIDS) for p in GRIDS.rglob("*.yaml"))
+    return [f"{GRIDS.name}/{p.as_posix()}" for p in paths if p.parts[0] != PROFILES.name]
 
 
 def parse(model: type[Any], data: Mapping[str, Any], source: str) -> Any:
@@ -277,18 +294,54 @@ def load_grid(path: Path) -> Grid:
     return typing.cast(Grid, parse(Grid, read_yaml(path), str(path)))
 
 
-def load_profile(name: str) -> tuple[Profile, str]:
+def load_profile(name: str, where: str = "", grid: Path | None = None) -> tuple[Profile, str]:
     """A profile by shipped name or by path, and what to call it in messages.
+
+    Args:
+        name: a shipped name, or the path of a YAML file.
+        where: what named it, such as `--profile`, for the message.
+        grid: the grid file that names it; a path is looked up as by `beside`.
 
     Raises:
         GridError: no such profile, or a mistake in it.
     """
     path = Path(name)
+    at = f"{where}: " if where else ""
+    shipped = [p.stem for p in PROFILES.glob("*.yaml")]
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
         if not path.is_file():
-            raise GridError(unknown("profile", name, (p.stem for p in PROFILES.glob("*.yaml"))))
+            raise GridError(at + unknown("profile", name, shipped))
+    else:
+        path = beside(grid, name)
+        if path.is_dir():
+            raise GridError(f"{at}{path} is a folder, expected a profile file or one of {listed(shipped)}")
+        if not path.is_file():
+            near = (str(Path(name).with_name(other)) for other in _profiles_in(path.parent))
+            raise GridError(at + unknown("profile file", name, [*shipped, *near]))
     return typing.cast(Profile, parse(Profile, read_yaml(path), str(path))), str(path)
+
+
+def beside(grid: Path | None, name: str) -> Path:
+    """The file that a grid names: beside the grid file, or else in the current folder.
+
+    Args:
+        grid: the grid file; None = the current folder alone.
+        name: relative or absolute path; where neither file exists, the one beside the grid is returned.
+    """
+    path = Path(name).expanduser()
+    if grid is None or path.is_absolute():
+        return path
+    near = grid.parent / path
+    return path if path.is_file() and not near.is_file() else near
+
+
+def _profiles_in(folder: Path) -> Iterator[str]:
+    """Names of the profile files in a folder."""
+    for path in folder.glob("*.y*ml"):
+        with contextlib.suppress(GridError):
+            if "roles" in read_yaml(path):
+                yield path.name
 
 
 def split_spec(spec: PluginSpec, where: str) -> tuple[str, dict[str, Any], str | None]:

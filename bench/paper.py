@@ -20,6 +20,7 @@ import typer
 import typer.core
 
 from bench.errors import GridError, unknown
+from bench.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -853,9 +854,4 @@ def _show(
     ] = None,
 ) -> None:
     """One table in the paper's layout; `bench paper NAME` does the same."""
-    text = render(name, format)
-    if output is None:
-        sys.stdout.write(text)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_text(render(name, format), output)

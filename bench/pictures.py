@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.errors import GridError, NotApplicable, StoreError, unknown
+from bench.errors import GridError, NotApplicable, unknown
+from bench.files import save as write
 from bench.plan import Cell, task_instance
 from bench.protocols import Geometry
 from bench.store import Store
@@ -288,8 +290,6 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg"):
         raise GridError(f"{path}: expected a .png or .svg file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise StoreError(f"picture {path} cannot be written: {error.strerror or error}") from None
+    sink = io.BytesIO()
+    figure.savefig(sink, format=path.suffix[1:], dpi=110)
+    write(path, sink.getvalue())

@@ -25,7 +25,17 @@ from bench.errors import (
     WeightsError,
     unknown,
 )
-from bench.grid import Block, DefenseSpec, Grid, PluginSpec, ThreatSpec, load_grid, load_profile, split_spec
+from bench.grid import (
+    Block,
+    DefenseSpec,
+    Grid,
+    PluginSpec,
+    ThreatSpec,
+    beside,
+    load_grid,
+    load_profile,
+    split_spec,
+)
 from bench.keys import content_key
 from bench.protocols import Attack, Dataset, Defense, ModelSource, PixelMetric, Site, Task
 from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS, load_plugin
@@ -155,10 +165,10 @@ def make_plan(options: Options) -> Plan:
         BenchError: the grid, the profile or a plug-in is wrong; one line says where.
     """
     grid = load_grid(options.grid)
-    for plugin in grid.plugins:
-        load_plugin(options.grid.parent / plugin)
+    for index, plugin in enumerate(grid.plugins):
+        load_plugin(beside(options.grid, plugin), f"{options.grid}, plugins[{index}]")
     for plugin in options.plugins:
-        load_plugin(Path(plugin))
+        load_plugin(Path(plugin), "--plugin")
     return _Planner(grid, options).plan()
 
 
@@ -167,7 +177,12 @@ class _Planner:
         self.grid = grid
         self.options = options
         self.source = str(options.grid)
-        self.profile, self.profile_source = load_profile(options.profile or grid.profile)
+        if options.profile is not None:
+            self.profile, self.profile_source = load_profile(options.profile, "--profile")
+        else:
+            self.profile, self.profile_source = load_profile(
+                grid.profile, f"{self.source}, profile", options.grid
+            )
         self.seed = grid.seed if options.seed is None else options.seed
         self.metrics = _measured(grid, f"{options.grid}, evaluate.metrics")
         self.targets: dict[str, Target] = {}
@@ -329,8 +344,7 @@ class _Planner:
         """
         key = (id(defense), role)
         if key not in self._placed:
-            profile = self.options.profile or self.grid.profile
-            site = Site(profile, role, tuple(Path(p) for p in self.options.checkpoints))
+            site = Site(self.profile_source, role, tuple(Path(p) for p in self.options.checkpoints))
             placed: Defense | None = None
             try:
                 placed = defense.placed(site)

@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 from mmengine.registry import Registry
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bench.errors import BenchError, PluginError, expected, unknown
+from bench.errors import BenchError, PluginError, expected, nearest, unknown
 
 ENTRY_POINT_GROUP = "bench.plugins"
 T = TypeVar("T")
@@ -188,15 +188,22 @@ FIGURES: PluginRegistry[Any] = PluginRegistry(
 )
 
 
-def load_plugin(path: Path) -> ModuleType:
+def load_plugin(path: Path, where: str = "") -> ModuleType:
     """Import a user's plug-in file; importing the same file twice is a no-op.
+
+    Args:
+        path: of a Python file.
+        where: what named it, such as `--plugin`, for the message of a missing file.
 
     Raises:
         PluginError: the file is missing or fails to import.
     """
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise PluginError(f"plug-in file {path} does not exist")
+        near = [p.name for p in path.parent.glob("*.py")]
+        close = nearest(path.name, near)
+        hint = f": did you mean '{close}'?" if close else ""
+        raise PluginError(f"{where}{': ' if where else ''}plug-in file {path} does not exist{hint}")
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
     name = f"bench_plugin_{path.stem}_{digest}"
     if name in sys.modules:

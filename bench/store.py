@@ -46,7 +46,7 @@ from torch import Tensor
 from bench.errors import StoreBusy, StoreError
 from bench.keys import KEY_VERSION, plain
 
-__all__ = ["Kind", "Record", "Store"]
+__all__ = ["Kind", "Record", "Store", "check_store"]
 
 Kind = Literal["crafts", "cells"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -173,6 +173,23 @@ class Store:
             for folder in _children(prefix):
                 if _KEY.fullmatch(folder.name) and folder.name.startswith(prefix.name):
                     yield folder
+
+
+def check_store(root: Path, absent: bool = False) -> None:
+    """Refuse what cannot hold results, rather than to show a grid as not run.
+
+    Args:
+        root: the folder.
+        absent: it may be missing: nothing has to be in it yet.
+
+    Raises:
+        StoreError: it is missing, or no folder.
+    """
+    if not root.exists():
+        if not absent:
+            raise StoreError(f"--store: there is no folder {root}: run the grid first, or name its store")
+    elif not root.is_dir():
+        raise StoreError(f"--store: {root} is a file, expected the folder of a store")
 
 
 class Record:

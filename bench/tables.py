@@ -11,9 +11,7 @@ from __future__ import annotations
 import html as html_escape
 import io
 import math
-import os
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from tabulate import tabulate
 
 from bench.checks import FLAGS
 from bench.errors import GridError, StoreError, unknown
+from bench.files import save
 
 __all__ = [
     "COLUMNS",
@@ -847,7 +846,7 @@ def write_tables(
         if format not in FORMATS:
             raise GridError(unknown("table format", format, FORMATS))
         if format == "parquet":
-            content["results.parquet"] = _parquet(lines)
+            content["results.parquet"] = parquet(lines)
             continue
         for table in tables:
             name = f"{table.name}.{FORMATS[format]}"
@@ -857,7 +856,7 @@ def write_tables(
                 )
             content[name] = _WRITERS[format](table).encode()
     for name, data in content.items():
-        _save(folder / name, data)
+        save(folder / name, data)
     return [folder / name for name in content]
 
 
@@ -920,25 +919,8 @@ def _csv(data: pd.DataFrame) -> str:
     return str(data.to_csv(index=False, lineterminator="\n"))
 
 
-def _parquet(lines: pd.DataFrame) -> bytes:
+def parquet(lines: pd.DataFrame) -> bytes:
+    """The long frame as a Parquet file."""
     sink = io.BytesIO()
     lines.assign(flags=lines["flags"].map(list)).to_parquet(sink, index=False)
     return sink.getvalue()
-
-
-def _save(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -17,6 +18,10 @@ from bench.registry import FIGURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+WIDEST = 11.0
+"""Inches of the figure; groups that do not fit go into further panels below."""
 
 
 @FIGURES.register_module(name="bars")
@@ -63,19 +68,25 @@ class Bars(FigureKind):
         )
 
     def draw(self, lines: pd.DataFrame) -> Figure:
-        """A panel for each quantity, one below the other; whiskers are 95 % intervals."""
+        """A panel for each quantity, one below the other, or several where its groups do not fit side by side.
+
+        Whiskers are 95 % intervals.
+        """
         quantities = list(dict.fromkeys(lines["quantity"]))
         groups, bars = (list(dict.fromkeys(lines[c])) for c in (self.groups, self.bars))
         present = {
             g: [b for b in bars if b in set(lines[lines[self.groups] == g][self.bars])] for g in groups
         }
-        total = sum(len(found) for found in present.values()) + len(groups)
-        figure, grid = panels(len(quantities), 1, (max(5.0, 0.9 + 0.34 * total), 3.2))
-        for (axes,), quantity in zip(grid, quantities, strict=True):
+        rows = broken(groups, [len(present[g]) + 1 for g in groups], int((WIDEST - 0.9) / 0.34))
+        total = max(sum(len(present[g]) + 1 for g in row) for row in rows)
+        size = (min(WIDEST, max(5.0, 0.9 + 0.34 * total)), 3.2)
+        figure, grid = panels(len(quantities) * len(rows), 1, size)
+        places = [(quantity, row) for quantity in quantities for row in rows]
+        for (axes,), (quantity, row) in zip(grid, places, strict=True):
             times, label = scale(quantity)
             part = lines[lines["quantity"] == quantity]
             start, centres = 0.0, []
-            for group in groups:
+            for group in row:
                 for place, bar in enumerate(present[group]):
                     line = part[(part[self.groups] == group) & (part[self.bars] == bar)].iloc[0]
                     value, kind = float(line["value"]) * times, bars.index(bar)
@@ -88,13 +99,36 @@ class Bars(FigureKind):
                     )  # fmt: skip
                 centres.append(start + (len(present[group]) - 1) / 2)
                 start += len(present[group]) + 1
-            width = int(12 * figure.get_figwidth() / (len(groups) + 1))
-            names = [textwrap.fill(str(group).replace("+", " + "), width) for group in groups]
+            width = int(12 * figure.get_figwidth() / (max(map(len, rows)) + 1))
+            names = [textwrap.fill(str(group).replace("+", " + "), width) for group in row]
             axes.set_xticks(centres, names, fontsize=9)
+            if len(rows) > 1:
+                # Bars of one quantity can be compared across its panels.
+                axes.set_xlim(-1, total - 1)
+                axes.set_ylim(top=max(part["high"].max() * times * 1.05, axes.get_ylim()[1]))
             axes.grid(visible=False, axis="x")
             axes.set_ylabel(label)
             if label.count("%"):
                 axes.set_ylim(0, 105)
         if len(bars) > 1:
-            legend(figure, grid[0][0])
+            legend(figure, *(axes for (axes,) in grid))
         return figure
+
+
+def broken(groups: Sequence[str], sizes: Sequence[int], room: int) -> list[list[str]]:
+    """Groups in rows, in order, as many in each as fit into its room; at least one.
+
+    Args:
+        groups: their names.
+        sizes: what each takes.
+        room: of a row.
+    """
+    rows: list[list[str]] = [[]]
+    left = room
+    for group, size in zip(groups, sizes, strict=True):
+        if rows[-1] and size > left:
+            rows.append([])
+            left = room
+        rows[-1].append(group)
+        left -= size
+    return rows

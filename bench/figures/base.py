@@ -185,9 +185,13 @@ def panels(
     return styled(make)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """One legend below all panels, of what `axes` shows, in as many columns as fit."""
-    handles, names = axes.get_legend_handles_labels()
+def legend(figure: Figure, *shown: Axes) -> None:
+    """One legend below all panels, of what these show together, in as many columns as fit."""
+    found: dict[str, Any] = {}
+    for axes in shown:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    names, handles = list(found), list(found.values())
     entry = 0.85 + 0.085 * max(len(name) for name in names)
     columns = max(1, min(len(names), int(figure.get_figwidth() / entry)))
     styled(

@@ -14,11 +14,11 @@ import torch
 from bench.errors import BenchError, GridError, unknown
 from bench.figures import FigureSpec
 from bench.figures.base import FigureKind, Source, constant
+from bench.files import save
 from bench.plan import Plan
 from bench.plotting import rendered, styled
 from bench.registry import FIGURES
 from bench.store import Store
-from bench.tables import _save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def write_figures(
         numbers = str(lines.to_csv(index=False, lineterminator="\n")).encode()
         for suffix, content in (("png", png), ("svg", svg), ("csv", numbers)):
             written.append(folder / f"{spec.name}.{suffix}")
-            _save(written[-1], content)
+            save(written[-1], content)
         logger.info("figure %s: %d lines", spec.name, len(lines))
     return written
 

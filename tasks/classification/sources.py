@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,7 +221,10 @@ def _robustbench() -> Iterator[None]:
         sys.modules["autoattack"] = pyautoattack
         sys.modules["autoattack.state"] = pyautoattack.state
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of its import; it says nothing about what is asked for.
+            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+            yield
     except ImportError as error:
         raise WeightsError(
             f"RobustBench cannot be imported: {error}; pip install 'robustbench==1.1.1' 'setuptools<81'"

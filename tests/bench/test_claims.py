@@ -626,6 +626,7 @@ def test_grids_that_lack_checkpoints_are_left_out(
         f"name: lacking\nprofile: mini\nattacks: {{fgsm: fgsm}}\nblocks: [{block}]\n", encoding="utf-8"
     )
     monkeypatch.setattr("bench.grid.GRIDS", tmp_path)
+    (tmp_path / "store").mkdir()
     command = ("claims", "--paper", "cafd", "--store", str(tmp_path / "store"))
     code, out, err = bench(*command)
     assert code == 0 and "not run" in out and "left out lacking.yaml: it lacks 1 trained checkpoints" in err

@@ -79,7 +79,7 @@ def test_half_an_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         foolbox.ok
         and foolbox.detail.startswith("not installed; optional")
-        and "[imagenet20]" in foolbox.detail
+        and "uv sync --extra imagenet20, or pip install -e '.[imagenet20]' in" in foolbox.detail
     )
 
 

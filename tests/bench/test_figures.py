@@ -18,11 +18,12 @@ from torch import nn
 from bench.cli import main
 from bench.errors import BenchError, GridError, StoreError
 from bench.figures import FigureSpec
+from bench.figures.bars import WIDEST, Bars, broken
 from bench.figures.base import Source
 from bench.figures.layers import blocks, relative
 from bench.figures.noise import fit, reach, spacing
 from bench.figures.output import figure_kinds
-from bench.figures.tsne import agreement, first_of_each
+from bench.figures.tsne import TSNE, agreement, first_of_each, legend_of, signs_of
 from bench.plan import Cell, Options, make_plan
 from bench.store import Store
 from tasks.classification.cifar_nets import VGG
@@ -208,6 +209,42 @@ def test_tsne_shows_the_same_things_in_every_panel(ran: Path) -> None:
     assert np.isfinite(lines[["x", "y"]]).all(axis=None)
 
 
+def test_signs_of_classes_are_told_and_common_to_all_rows() -> None:
+    scenes = [("pspnet", 0, "background"), ("pspnet", 2, "one"), ("pspnet", 1, "zero")]
+    lines = pd.DataFrame([*scenes, ("ssd", 1, "one"), ("ssd", 0, "zero")], columns=["role", "class", "name"])
+    assert signs_of(lines) == {"background": "A", "zero": "B", "one": "C"}
+    assert legend_of(lines) == "A = background, B = zero, C = one"
+    digits = pd.DataFrame({"role": "digits", "class": [1, 0], "name": ["1", "0"]})
+    assert signs_of(digits) == {"0": "0", "1": "1"} and legend_of(digits) == ""
+    many = pd.DataFrame({"role": "many", "class": range(100), "name": [f"n{k}" for k in range(100)]})
+    assert signs_of(many) == {} and legend_of(many) == "signs: class numbers"
+
+
+def test_the_figure_says_what_agreement_is(ran: Path) -> None:
+    drawn = TSNE().draw(numbers(ran, "tsne"))
+    assert "5 nearest clean points" in drawn.get_supxlabel()
+
+
+def test_many_bars_go_into_several_panels() -> None:
+    assert broken(["a", "b", "c"], [3, 3, 3], 6) == [["a", "b"], ["c"]]
+    assert broken(["a", "b"], [9, 1], 6) == [["a"], ["b"]]
+    made = [
+        {"role": "r", "defense": d, "attack": a, "level_label": "oblivious", "quantity": "accuracy",
+         "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+        for a in ("a", "b", "c", "d", "e", "f") for d in ("none", "p", "q", "s", "t", "u")
+        if (a, d) != ("a", "u")
+    ]  # fmt: skip
+    figure = Bars(["accuracy"]).draw(pd.DataFrame(made))
+    assert figure.get_figwidth() <= WIDEST and len(figure.axes) == 2
+    shown = [[text.get_text() for text in axes.get_xticklabels()] for axes in figure.axes]
+    assert shown == [["a", "b", "c", "d"], ["e", "f"]]
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    # One legend, also of what the first panel does not show.
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none", "p", "q", "s", "t", "u"]
+    few = pd.DataFrame([line for line in made if line["attack"] in "ab"])
+    assert len(Bars(["accuracy"]).draw(few).axes) == 1
+
+
 def test_pictures_say_what_the_target_says(ran: Path) -> None:
     lines = numbers(ran, "pictures")
     panels = [
@@ -363,6 +400,7 @@ def test_mistakes_in_series(tmp_path: Path) -> None:
 
 def test_mistakes_of_the_command(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = ("figure", "--grid", ran / "grid.yaml", "--out", tmp_path / "o", "--store")
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((*grid, ran / "s", "noisy"), "unknown figure 'noisy': did you mean 'noise'?"),
         ((*grid, tmp_path / "empty", "noise"), "figure 'noise': cell 'classification / none / bright-0.1 / "

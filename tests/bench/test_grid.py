@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.chain import Chain
-from bench.errors import BenchError, GridError
+from bench.errors import BenchError, GridError, PluginError, listed, unknown
 from bench.grid import Grid, load_grid, load_profile, split_spec
 from bench.plan import Cell, Options, make_plan
 
@@ -82,8 +82,11 @@ def test_mistakes_are_one_line(tmp_path: Path, old: str, new: str, message: str)
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(GridError, match="unknown grid file"):
         load_grid(tmp_path / "absent.yaml")
-    with pytest.raises(GridError, match="cannot be read"):
+    with pytest.raises(GridError, match=r"is a folder, expected a grid file, such as grids/table1\.yaml"):
         load_grid(tmp_path)
+    (tmp_path / "table1").mkdir()
+    with pytest.raises(GridError, match=r"expected a grid file: did you mean 'grids/table1\.yaml'\?"):
+        load_grid(tmp_path / "table1")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(GridError, match="cannot be read"):
@@ -97,11 +100,57 @@ def test_yaml_objects_are_refused(tmp_path: Path) -> None:
         load_grid(write(tmp_path, "name: !!python/object/apply:os.system ['true']"))
 
 
-def test_profiles() -> None:
+def test_long_lists_are_cut() -> None:
+    names = [f"name{k:02}" for k in range(20)]
+    assert listed(names[:8]) == ", ".join(names[:8]) and listed([]) == "none"
+    assert listed(names) == ", ".join(names[:8]) + " … and 12 more"
+    said = unknown("name", "nam17", names)
+    assert said.startswith("unknown name 'nam17': did you mean 'name17'? available: ")
+    assert ", name17 …" in said and said.count("name") == 2 + 8 and said.endswith(" … and 12 more")
+
+
+def test_profiles(tmp_path: Path) -> None:
     profile, _ = load_profile("mini")
+    folder = tmp_path / "a.yaml"
+    folder.mkdir()
     assert {"classification", "source", "ssd", "mask_rcnn", "pspnet", "deeplabv3"} <= set(profile.roles)
+    with pytest.raises(
+        GridError, match=r"--profile: .* is a folder, expected a profile file or one of .*mini"
+    ):
+        load_profile(str(folder), "--profile")
     with pytest.raises(GridError, match="unknown profile 'mimi': did you mean 'mini'"):
         load_profile("mimi")
+
+
+def test_files_that_a_grid_names_are_looked_for_beside_it_and_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, grids = tmp_path / "here", tmp_path / "grids"
+    here.mkdir(), grids.mkdir()
+    monkeypatch.chdir(here)
+    text = "name: own\nroles: {classification: {dataset: mini_digits, model: mini_resnet}}\n"
+    grid = write(grids, GOOD.replace("images: {cl", "profile: prof.yaml\nplugins: [plug.py]\nimages: {cl"))
+    with pytest.raises(PluginError) as error:
+        make_plan(Options(grid))
+    assert str(error.value) == f"{grid}, plugins[0]: plug-in file {grids}/plug.py does not exist"
+    (grids / "plugs.py").touch()
+    with pytest.raises(PluginError, match=r"does not exist: did you mean 'plugs\.py'\?"):
+        make_plan(Options(grid))
+    (here / "plug.py").touch()
+    with pytest.raises(GridError) as missing:
+        make_plan(Options(grid))
+    said = str(missing.value)
+    assert said.startswith(f"{grid}, profile: unknown profile file 'prof.yaml'") and "mini" in said
+    assert "grid" not in said.split("prof.yaml")[1]
+    with pytest.raises(GridError, match=r"^--profile: unknown profile file 'prof\.yaml'"):
+        make_plan(Options(grid, "prof.yaml"))
+    (grids / "profs.yaml").write_text(text)
+    with pytest.raises(GridError, match=r"did you mean 'profs\.yaml'\?"):
+        make_plan(Options(grid))
+    for folder, name in ((here, "here"), (grids, "beside")):  # the second one wins
+        (folder / "prof.yaml").write_text(text.replace("own", name))
+        assert make_plan(Options(grid)).profile == name
+        assert make_plan(Options(grid, "prof.yaml")).profile == "here"
 
 
 def test_plugin_specs() -> None:

@@ -206,13 +206,18 @@ def test_seeds_are_averaged_in_plots(folder: Path) -> None:
     [
         ([], "give a folder of results"),
         (["{tmp}/repot"], "did you mean"),
-        (["{tmp}/empty"], "has no results.csv"),
+        (["{tmp}/empty"], "empty has no results.csv: unknown folder of results"),
+        (["{tmp}/a.md"], "a.md is a file: unknown folder of results"),
         (["{tmp}/bad"], "not a table of results: no column"),
         (["{tmp}/params"], "attack_params: expected a JSON mapping"),
         (["{tmp}/level"], "unknown level 'whitebox': did you mean 'white_box'?"),
         (["{tmp}/none"], "has no lines"),
         (["--grid", "grids/tabel1.yaml", "--store", "{tmp}"], "unknown grid file"),
         (["--grid", "grids/table1.yaml", "--store", "{tmp}/absent"], "there is no folder"),
+        (
+            ["--grid", "grids/table1.yaml", "--store", "{tmp}/a.md"],
+            "a.md is a file, expected the folder of a store",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -220,6 +225,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     for name in ("report", "empty", "bad", "params", "level", "none"):
         (tmp_path / name).mkdir()
+    (tmp_path / "a.md").write_text("no folder")
     (tmp_path / "bad" / "results.csv").write_text("a,b\n1,2\n")
     made().assign(attack_params="{").to_csv(tmp_path / "params" / "results.csv", index=False)
     made().assign(level="whitebox").to_csv(tmp_path / "level" / "results.csv", index=False)
@@ -229,6 +235,20 @@ def test_mistakes_are_one_line(
     printed = capsys.readouterr().err
     assert ended.value.code == 2
     assert said in printed and printed.count("\n") == 1
+
+
+def test_only_folders_with_results_are_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (".git", "src", "results/table1", "results/papers/fig1"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("results/table1", "results/papers/fig1"):
+        (tmp_path / name / "results.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    for given in ("README.md", "results", "results/tabel1"):
+        with pytest.raises(SystemExit):
+            main(["report", given])
+        assert capsys.readouterr().err.endswith("available: results/papers/fig1, results/table1\n"), given
 
 
 @pytest.fixture(scope="module")

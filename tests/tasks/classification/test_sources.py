@@ -1,6 +1,7 @@
 """Model sources: weights written in the published format come back as the same network, or as one clear line."""
 
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bench.errors import BenchError, GridError, WeightsError
 from bench.grid import load_profile, split_spec
 from bench.protocols import Sample
 from bench.registry import MODELS
+from tasks.classification import sources
 
 CPU = torch.device("cpu")
 
@@ -312,3 +314,12 @@ def test_truncated_weights(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(WeightsError, match=r"w\.pth (is damaged|cannot be read)"):
         MODELS.create("torchvision", {"id": "squeezenet1_1", "weights": str(path)}).load(CPU)
+
+
+def test_the_warning_of_robustbenchs_import_is_not_the_users() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with sources._robustbench():
+            warnings.warn("pkg_resources is deprecated as an API. See ...", UserWarning, stacklevel=1)
+            warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another"]
