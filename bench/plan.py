@@ -490,10 +490,17 @@ class _Planner:
         }
         if by_scores and attack.needs and behind is not None and behind.stochastic:
             payload["oracle"]["scores"] = "mean over draws"
+        payload["oracle"].update(reference_of(attack, behind))
         key = content_key(payload)
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def reference_of(attack: Attack, behind: Defense | None) -> dict[str, str]:
+    """What a craft's key says of the clean images' own outputs, where the attack compares with them."""
+    drawn = attack.compares and behind is not None and behind.stochastic
+    return {"reference": "of the same draw"} if drawn else {}
 
 
 def _bare(defense: Defense) -> bool:

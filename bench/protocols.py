@@ -492,9 +492,17 @@ class Oracle(Protocol):
 
     It is bound to the images of one batch; `select` narrows it to some of them. Calls outside what the attack
     declared in `needs` raise. Forward and backward passes are counted per image.
+
+    Where a defense draws random numbers (`stochastic`), all that one objective asks in one call belongs to one draw:
+    other images asked about there see the same random numbers. Between calls they differ.
     """
 
     num_classes: int
+
+    @property
+    def stochastic(self) -> bool:
+        """The victim draws random numbers."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -582,6 +590,13 @@ class Attack(ABC):
     def passes(self) -> int:
         """Forward-backward passes per image of one run (without EOT), for the time estimate."""
         return 1
+
+    @property
+    def compares(self) -> bool:
+        """Its objective holds the victim's outputs against those of the clean image: where a defense draws random
+        numbers, against those of the same draw.
+        """
+        return False
 
     def excess(self, clean: Tensor, adversarial: Tensor) -> Tensor | None:
         """How far a bound that the attack promises is exceeded, in shares of it, (B,); None = it has none but `eps`.
