@@ -280,6 +280,9 @@ def _judge(
 ) -> list[Finding]:
     """One parent's extra cells against it; every comparison is on the images of the extra cells."""
     parent = group[0].parent
+    headline = summarise(rows[parent.key], cell_metrics(parent)[:1], parent.seed)[0]
+    if math.isnan(headline["value"]):
+        return []  # no ground truth: scores of images mean nothing
     ids = [i for i in scores[parent.key] if i in scores[group[0].cell.key]]
 
     def of(cell: Cell) -> np.ndarray:

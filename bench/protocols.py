@@ -290,6 +290,13 @@ class Task(ABC):
 
         raise GridError(f"target '{rule}': task {self.name} has no targeted attacks")
 
+    def check_target(self, rule: str, num_classes: int) -> None:  # noqa: B027 - may know nothing before images are seen
+        """Refuse a target rule that no image of `num_classes` classes could follow, before anything runs.
+
+        Raises:
+            GridError: no such rule, or it names a class that does not exist.
+        """
+
 
 class Metric(ABC):
     """A number for a set of images.
@@ -604,6 +611,13 @@ class Attack(ABC):
         For budgets that are no norm. Cheap necessary conditions suffice: 0 means that nothing was found.
         """
         return None
+
+    def check_classes(self, num_classes: int) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse parameters that a victim of `num_classes` classes cannot serve; asked before anything runs.
+
+        Raises:
+            GridError: names the parameter, and what is possible.
+        """
 
     def loss_kinds(self) -> Iterable[str]:
         """Loss kinds it asks for, checked against the target before anything runs."""
