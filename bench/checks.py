@@ -795,7 +795,7 @@ def _against_scores(cells: Sequence[Cell], scores: Mapping[str, Scores], add: Ad
             for cell in follow:
                 add(
                     cell, "query-beats-gradient" if exact else "query-beats-stand-in",
-                    f"{names} leave {by_search.mean():.3f}, all gradient attacks of this level together "
+                    f"search ({names}) leaves {by_search.mean():.3f}, all gradient attacks of this level together "
                     f"{by_gradients.mean():.3f}",
                 )  # fmt: skip
 
