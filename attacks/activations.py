@@ -103,9 +103,13 @@ class TransferLoss(Loss):
                 raise GridError(unknown("layer of the network", layer, names))
         found = self.layers or stage_ends(oracle, images)
         named = TransferLoss(self.lam, self.eta, self.power, self.size, found)
+        return Loss.bind(named, oracle, images, targets, False)
+
+    def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """The clean images and their rooted activations, side by side, (B, pixels + activations)."""
         with torch.no_grad():
-            _, roots = named._forward(oracle, images)
-        return BoundLoss(named, tuple(targets), torch.cat([images.flatten(1), roots], 1), 1.0)
+            _, roots = self._forward(oracle, images)
+        return torch.cat([images.flatten(1), roots], 1)
 
     def __call__(
         self, oracle: Oracle, images: Tensor | Warped, targets: Sequence[Any], reference: Tensor | None

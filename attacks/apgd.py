@@ -15,11 +15,13 @@ from attacks.iterative import Best, Climb, Radius, Steps
 from attacks.projections import Projection, check_radius, make_projection
 from attacks.scores import Stop, Watched, as_labels, score
 from attacks.steps import STEPS, l2
-from bench.errors import NotApplicable
+from bench.errors import GridError, NotApplicable
 from bench.protocols import Attack, Gradient, ImageRNG, Oracle
 from bench.registry import ATTACKS
 
 LossName = Literal["ce", "dlr", "dlr_targeted", "margin"]
+CLASSES = 9
+"""Target classes of AutoAttack's targeted parts."""
 
 
 @ATTACKS.register_module(name="apgd")
@@ -38,7 +40,8 @@ class APGD(Attack):
         eps: radius in [0,1] pixel units.
         steps: number of steps N of a run.
         restarts: random starts; images fooled by one take no part in the next.
-        classes: target classes of `dlr_targeted`; fewer where the model has fewer.
+        classes: target classes of `dlr_targeted`, at most the wrong classes that the model has; the published 9 stands
+            for all of them where there are fewer.
         rho: share of rising steps below which the step size halves.
         momentum: weight of the new step against the last one, 0.75 as published.
         target: rule for a wrong target to reach; None = untargeted.
@@ -58,7 +61,7 @@ class APGD(Attack):
         eps: Radius = Fraction(8, 255),
         steps: Steps = 100,
         restarts: Annotated[int, Field(ge=1)] = 1,
-        classes: Annotated[int, Field(ge=1)] = 9,
+        classes: Annotated[int, Field(ge=1)] = CLASSES,
         rho: Annotated[float, Field(gt=0, le=1)] = 0.75,
         momentum: Annotated[float, Field(gt=0, le=1)] = 0.75,
         target: str | None = None,
@@ -82,17 +85,26 @@ class APGD(Attack):
         runs = self.restarts * (self.classes if self.loss == "dlr_targeted" else 1)
         return runs * (self.steps + 1)
 
+    def check_classes(self, num_classes: int) -> None:
+        if self.loss == "dlr_targeted" and self.classes > max(num_classes - 1, CLASSES):
+            raise GridError(
+                f"attack '{self.name}', classes: {self.classes} is more than the {num_classes - 1} wrong classes of "
+                "the model"
+            )
+
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1] and inside the budget.
 
         Raises:
             NotApplicable: the loss needs more classes than the victim has.
+            GridError: more target classes than wrong ones (`check_classes`).
         """
         least = {"dlr": 3, "dlr_targeted": 4}.get(self.loss, 2)
         if oracle.num_classes < least:
             raise NotApplicable(
                 f"loss '{self.loss}' needs {least} classes, the model has {oracle.num_classes}"
             )
+        self.check_classes(oracle.num_classes)
         clean = images.detach()
         best = Best(clean)
         climb = Climb(oracle, clean, tuple(targets), rng, torch.arange(len(clean)))

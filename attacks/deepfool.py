@@ -99,12 +99,15 @@ class _DeepFool(MinimalNorm):
             NotApplicable: the victim has a single class.
             GridError: more candidates than classes.
         """
-        if self.candidates is not None and self.candidates > max(2, oracle.num_classes):
-            raise GridError(
-                f"attack '{self.name}', candidates: {self.candidates} is more than the {oracle.num_classes} classes "
-                "of the model"
-            )
+        self.check_classes(oracle.num_classes)
         return super().run(oracle, images, targets, rng)
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.candidates is not None and self.candidates > max(2, num_classes):
+            raise GridError(
+                f"attack '{self.name}', candidates: {self.candidates} is more than the {num_classes} classes of "
+                "the model"
+            )
 
     def search(self, start: Working, rng: ImageRNG) -> Tensor:
         best = Closest(start.clean)

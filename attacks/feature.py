@@ -46,7 +46,7 @@ class FeatureDistance(Loss):
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective, with its layer found in the victim."""
         named = FeatureDistance(named_layer(victim_of(oracle).models[0], images, self.layer), self.distance)
-        return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
+        return Loss.bind(named, oracle, images, targets, False)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
         """Activations at the clean images."""
@@ -78,6 +78,7 @@ class VGGDistance(FeatureDistance):
 
     name = "VGG feature distance"
     needs = frozenset()
+    compares = False
 
     def __init__(self, vgg: Path, layer: str, distance: Literal["mse", "mae"]) -> None:
         super().__init__(layer, distance)
@@ -85,7 +86,7 @@ class VGGDistance(FeatureDistance):
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective; its layer is named."""
-        return BoundLoss(self, tuple(targets), self.reference(oracle, images), 1.0)
+        return Loss.bind(self, oracle, images, targets, False)
 
     def activations(self, oracle: Oracle, images: Tensor) -> Tensor:
         """What is compared, (B, C, H, W)."""
@@ -126,7 +127,7 @@ class ClassActivationDistance(Loss):
         elif found == "convolution":
             found = last_convolution(model)
         named = ClassActivationDistance(self.mode, found)
-        return BoundLoss(named, tuple(targets), named.reference(oracle, images), 1.0)
+        return Loss.bind(named, oracle, images, targets, False)
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor:
         """Class activation features of the clean images."""

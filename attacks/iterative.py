@@ -221,6 +221,10 @@ class Iterative(Attack):
     def passes(self) -> int:
         return self.restarts * (self.steps + int(self._compares))
 
+    @property
+    def compares(self) -> bool:
+        return self.loss.compares
+
     # -- the attack -----------------------------------------------------------------------------------------------
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1] and inside the budget.

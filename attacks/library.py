@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -25,6 +26,11 @@ from bench.registry import ATTACKS
 from bench.units import parse_fraction
 
 NormName = Literal["linf", "l2"]
+
+_COUNTS = re.compile(r"(^|_)(steps|iters?|iterations?|n_queries|max_queries)$")
+"""How libraries call numbers of steps."""
+_KURAKIN = ("BIM", "steps")
+"""torchattacks reads 0 steps here as the rule of Kurakin et al. 2017, min(255 eps + 4, 1.25 * 255 eps)."""
 
 
 class _Library(ABC):
@@ -48,6 +54,17 @@ class _Library(ABC):
             if key not in self.accepted:
                 raise PluginError(unknown(f"parameter of {self.package}'s {name}", key, self.accepted))
         self.params = {key: _plain(value) for key, value in params.items()}
+        for key, value in self.params.items():
+            # The libraries run with none, and do nothing.
+            if (
+                _COUNTS.search(key)
+                and isinstance(value, (int, float))
+                and value < 1
+                and (name, key) != _KURAKIN
+            ):
+                raise PluginError(
+                    f"{self.package}'s {name}, params.{key}: expected at least 1, got {params[key]}"
+                )
 
     @abstractmethod
     def _classes(self, module: Any) -> dict[str, type]:
@@ -232,6 +249,8 @@ class LibraryAttack(Attack):
 
     Where libraries go wrong: torchattacks' CW freezes pixels that are 0 or 1 and has no binary search, its DIFGSM and
     TIFGSM need `decay` and `diversity_prob` set, its RFGSM takes 10 steps; ART's AutoAttack is not AutoAttack.
+
+    In a grid `{library: foolbox, attack: L2DeepFoolAttack}` is enough: `name: library` may be left out.
 
     Args:
         library: `foolbox`, `torchattacks` or `art`.

@@ -4,6 +4,10 @@ A `Loss` says what it asks the oracle for; `Loss.bind` fixes the images' targets
 where there is one) and gives the objective that the loop hands to `Oracle.gradient`. Objectives are always increased:
 a targeted attack increases minus the loss towards its wrong targets.
 
+A reference belongs to a draw: where the victim draws random numbers, it is taken anew in every draw, from the clean
+images. Compared with another draw's, the noise of the defense would be most of the distance, and its gradient that of
+the noise.
+
 `margin`, `dlr` and `kl` are computed here from logits. Every other name is a loss kind of the target itself
 (`ce` for labels and label maps; `cls`, `loc`, `cls+loc`, `mask` for detectors), asked for through `Oracle.loss`, so
 that ground truth, ignore labels and geometry stay inside the task.
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ class Loss(ABC):
         tasks: tasks it is defined for; None = every task that has `kinds`.
         targeted: it can be decreased towards a wrong target.
         flat_at_clean: its gradient at the clean image is exactly zero, so an attack must start elsewhere.
+        compares: it has a `reference` that it asks the victim for, as every class that defines one, unless it says not.
     """
 
     name: str
@@ -43,6 +48,11 @@ class Loss(ABC):
     tasks: frozenset[str] | None = None
     targeted: bool = True
     flat_at_clean: bool = False
+    compares: bool = False
+
+    def __init_subclass__(cls) -> None:
+        if "reference" in vars(cls) and "compares" not in vars(cls):
+            cls.compares = True
 
     @abstractmethod
     def __call__(
@@ -51,7 +61,7 @@ class Loss(ABC):
         """Loss of each image, (B,), differentiable to `images` (B, 3, H, W)."""
 
     def reference(self, oracle: Oracle, images: Tensor) -> Tensor | None:
-        """What the loss compares with, taken once at the clean images; its first dimension is the batch."""
+        """What the loss compares with, at the clean `images`, without a gradient; its first dimension is the batch."""
         return None
 
     def at(self, step: int, steps: int) -> Loss:
@@ -60,21 +70,35 @@ class Loss(ABC):
 
     def bind(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], targeted: bool) -> BoundLoss:
         """The objective for `images` (B, 3, H, W) with `targets`."""
-        return BoundLoss(self, tuple(targets), self.reference(oracle, images), -1.0 if targeted else 1.0)
+        # Stand-ins for oracles draw nothing.
+        drawn = self.compares and getattr(oracle, "stochastic", False)
+        reference = None if drawn else self.reference(oracle, images)
+        clean = images if drawn else None
+        return BoundLoss(self, tuple(targets), reference, -1.0 if targeted else 1.0, clean=clean)
 
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """An objective (`bench.protocols.Objective`): the loss of fixed images, with the sign that makes it increase."""
+    """An objective (`bench.protocols.Objective`): the loss of fixed images, with the sign that makes it increase.
+
+    Attributes:
+        loss: what is increased.
+        targets: of each image.
+        reference: what the loss compares with, where one serves all draws.
+        sign: -1 where the loss is to fall.
+        clean: the clean images (B, 3, H, W), where every draw has a reference of its own; else None.
+    """
 
     loss: Loss
     targets: tuple[Any, ...]
     reference: Tensor | None
     sign: float
+    clean: Tensor | None = field(default=None, kw_only=True)
 
     def __call__(self, oracle: Oracle, images: Tensor | Warped) -> Tensor:
         """Values (B,) to be increased."""
-        return self.sign * self.loss(oracle, images, self.targets, self.reference)
+        reference = self.reference if self.clean is None else self.loss.reference(oracle, self.clean)
+        return self.sign * self.loss(oracle, images, self.targets, reference)
 
     def at(self, step: int, steps: int) -> BoundLoss:
         """The objective at `step` (from 0) of `steps`; the same one unless the loss has a schedule."""
@@ -84,8 +108,12 @@ class BoundLoss:
     def select(self, index: Sequence[int] | Tensor) -> BoundLoss:
         """The objective of some of the images."""
         chosen = torch.as_tensor(index, dtype=torch.long)
-        kept = None if self.reference is None else self.reference[chosen.to(self.reference.device)]
-        return replace(self, targets=tuple(self.targets[i] for i in chosen.tolist()), reference=kept)
+
+        def part(whole: Tensor | None) -> Tensor | None:
+            return None if whole is None else whole[chosen.to(whole.device)]
+
+        targets = tuple(self.targets[i] for i in chosen.tolist())
+        return replace(self, targets=targets, reference=part(self.reference), clean=part(self.clean))
 
 
 class TaskLoss(Loss):

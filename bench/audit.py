@@ -35,7 +35,7 @@ from bench.errors import BenchError, GridError, NotApplicable, unknown
 from bench.frame import cell_metrics, findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
 from bench.keys import canonical, content_key
-from bench.plan import Cell, Craft, Plan
+from bench.plan import Cell, Craft, Plan, reference_of
 from bench.protocols import Attack, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS, DEFENSES
 from bench.runner import broken, cell_record, not_applicable
@@ -211,7 +211,8 @@ def _varied(cell: Cell, attack: Attack, what: str, eot: int | None = None) -> Ce
     assert cell.craft is not None
     draws = cell.craft.eot if eot is None else eot
     made: dict[str, Any] = {**cell.craft.payload, "attack": attack.identity()}
-    made["oracle"] = {**made["oracle"], "eot": draws}
+    oracle = {k: v for k, v in made["oracle"].items() if k != "reference"}
+    made["oracle"] = {**oracle, "eot": draws, **reference_of(attack, cell.craft.defense)}
     craft = replace(
         cell.craft, key=content_key(made), payload=made, target=cell.target, attack=attack, eot=draws
     )
@@ -227,7 +228,8 @@ def _undefended(cell: Cell) -> Cell:
     """The same attack on the bare model."""
     assert cell.craft is not None
     made: dict[str, Any] = dict(cell.craft.payload)
-    made["oracle"] = {**made["oracle"], "defense": None, "mode": "none", "eot": 1}
+    oracle = {k: v for k, v in made["oracle"].items() if k != "reference"}
+    made["oracle"] = {**oracle, "defense": None, "mode": "none", "eot": 1}
     craft = replace(
         cell.craft, key=content_key(made), payload=made, target=cell.target, defense=None, mode="none", eot=1
     )
@@ -278,6 +280,9 @@ def _judge(
 ) -> list[Finding]:
     """One parent's extra cells against it; every comparison is on the images of the extra cells."""
     parent = group[0].parent
+    headline = summarise(rows[parent.key], cell_metrics(parent)[:1], parent.seed)[0]
+    if math.isnan(headline["value"]):
+        return []  # no ground truth: scores of images mean nothing
     ids = [i for i in scores[parent.key] if i in scores[group[0].cell.key]]
 
     def of(cell: Cell) -> np.ndarray:

@@ -65,6 +65,7 @@ class Finding:
 
 
 _MASKED = "level bpda, with a `surrogate` in the defense; then the attack `square` at level white_box"
+_MORE = "at bpda: level white_box, or a better `surrogate`; else more eot, steps or queries; report the adaptive line"
 FLAGS: dict[str, Flag] = {
     "zero-gradient": Flag(
         "V3", "flag", "more than half of the images had an exactly zero gradient at the first or last step: masked",
@@ -101,15 +102,15 @@ FLAGS: dict[str, Flag] = {
     ),
     "oblivious-above-adaptive": Flag(
         "V10", "flag", "an attacker who ignores the defense does more harm than one who knows it",
-        "more eot, more steps; report the adaptive line, which holds both",
+        _MORE,
     ),
     "transfer-above-adaptive": Flag(
         "V10", "flag", "another model's gradients do more harm than those of the defended model: masked",
-        "more eot, more steps; report the adaptive line, which holds both",
+        _MORE,
     ),
     "gray-above-adaptive": Flag(
         "V10", "flag", "a surrogate's gradients do more harm than those of the deployed defense: masked",
-        "more eot, more steps; report the adaptive line, which holds both",
+        _MORE,
     ),
     "full-gradient-suspect": Flag(
         "V11", "flag", "the stand-in's gradient harms more than the defense's true one",
@@ -117,6 +118,10 @@ FLAGS: dict[str, Flag] = {
     ),
     "no-eot": Flag(
         "V13", "flag", "a random defense was attacked with a single draw a step", "threats: [{level: LEVEL, eot: 20}]"
+    ),
+    "few-draws": Flag(
+        "V13", "note", "fewer than 20 draws a step where what is left turns on the draw",
+        "threats: [{level: LEVEL, eot: 20}]; python -m bench audit GRID --costly",
     ),
     "weak-on-undefended": Flag(
         "V5", "flag", "the attack leaves more of the undefended model than it should: attack broken",
@@ -146,7 +151,12 @@ FLAGS: dict[str, Flag] = {
         _MASKED,
     ),
     "query-beats-gradient": Flag(
-        "V12", "flag", "random search over scores finds what gradients do not: masked", _MASKED
+        "V12", "flag", "search over scores finds what gradients do not: masked", _MASKED
+    ),
+    "query-beats-stand-in": Flag(
+        "V12", "flag",
+        "search over scores finds what the gradient of BPDA's stand-in does not: the stand-in misleads, no robustness",
+        "level white_box where there is a true gradient, or a better `surrogate`; report the adaptive line",
     ),
     "eot-too-few": Flag("V13", "flag", "more draws a step do more harm", "threats: [{level: LEVEL, eot: 20}]"),
     "last-is-worse": Flag("V14", "flag", "the best iterate does more harm than the last", "return_best: true"),
@@ -424,6 +434,11 @@ def sees(cell: Cell) -> bool:
     return cell.level in ("bpda", "white_box") or undefended(cell)
 
 
+def asks(attack: Attack | None) -> bool:
+    """It asks the victim, for gradients, scores or decisions (noise and fixed perturbations do not)."""
+    return attack is not None and bool(attack.needs) and attack.name != "noise"
+
+
 def by_gradient(attack: Attack | None) -> bool:
     """It follows gradients (noise and query attacks do not)."""
     return attack is not None and "gradient" in attack.needs and attack.name != "noise"
@@ -443,7 +458,7 @@ def undone_by_noise(cell: Cell) -> bool:
 
 
 def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Checks V3, V13, V14, V15 over a cell's rows (`stats` decoded) with their `craft_` columns."""
+    """Checks V3, V13, V14, V15 over a cell's rows (`stats` and `scores` decoded) with their `craft_` columns."""
     if cell.attack is None or not rows or "craft_steps" not in rows[0]:
         return []
     infos = [{k.removeprefix("craft_"): v for k, v in row.items() if k.startswith("craft_")} for row in rows]
@@ -453,9 +468,25 @@ def cell_findings(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Finding
     )  # fmt: skip
     alone = by_gradient(cell.attack) and not cell.attack.averages
     knows = cell.level in ("bpda", "white_box") and alone
-    if knows and cell.defense.stochastic and cell.craft is not None and cell.craft.eot == 1:
-        found.append(Finding("no-eot", "eot 1"))
+    if knows and cell.defense.stochastic and cell.craft is not None:
+        if cell.craft.eot == 1:
+            found.append(Finding("no-eot", "eot 1"))
+        elif cell.craft.eot < DRAWS:
+            undecided = sum(_spread(row) >= 0.5 for row in rows) / len(rows)
+            if undecided > 0.1:
+                detail = f"eot {cell.craft.eot}; another draw changes {_percent(undecided)} of the images"
+                found.append(Finding("few-draws", detail))
     return found
+
+
+DRAWS = 20
+"""Draws a step that are enough in front of a random defense (AutoAttack's `rand`; Athalye et al. 2018 take 30)."""
+
+
+def _spread(row: Mapping[str, Any]) -> float:
+    """How far an image's score differs between evaluations of a random defense."""
+    scores = row.get("scores") or [row["score"]]
+    return float(max(scores) - min(scores))
 
 
 def _empty(row: Mapping[str, Any]) -> bool:
@@ -573,6 +604,8 @@ def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list
     known = recorded(cell.target.model)
     line = metrics[0]
     value, low, high = (float(line[k]) for k in ("value", "low", "high"))
+    if math.isnan(value):
+        return []  # no ground truth, no number: nothing is off
     if cell.attack is None:
         reference = known.get("clean")
         if reference is None:
@@ -617,15 +650,17 @@ def recorded(model: ModelSource) -> dict[str, float]:
 
 # -- several cells ----------------------------------------------------------------------------------------------------
 def group_findings(cells: Sequence[Cell], scores: Mapping[str, Scores]) -> dict[str, list[Finding]]:
-    """Checks V6, V9, V10, V11 (flags), V20, V21, V22, V27 (notes): cells against each other, on the same images.
+    """Checks V6, V9 to V12 (flags), V20, V21, V22, V27 (notes): cells against each other, on the same images.
 
     Args:
         cells: of one grid; those without an entry in `scores` are left out.
-        scores: cell key -> image id -> score.
+        scores: cell key -> image id -> score; NaN where nothing could be measured, which is left out too.
 
     Returns:
         cell key -> findings.
     """
+    scores = {key: {i: s for i, s in of.items() if not math.isnan(s)} for key, of in scores.items()}
+    scores = {key: of for key, of in scores.items() if of}
     found: dict[str, list[Finding]] = {}
     groups: dict[tuple[str, str, str], dict[str, Cell]] = {}
     for cell in cells:
@@ -658,6 +693,7 @@ def group_findings(cells: Sequence[Cell], scores: Mapping[str, Scores]) -> dict[
                         if gap.low > 0.005 or gap.high < -0.005:
                             add(cell, "rounding-matters", f"{_points(gap)} points of the score")
         _knowing_more(attacked, scores, add)
+        _against_scores(attacked, scores, add)
     _across_defenses(groups, scores, add)
     return found
 
@@ -709,31 +745,59 @@ def _against_single_step(cell: Cell, others: Sequence[Cell], scores: Mapping[str
                 add(cell, "below-single-step", f"{other.attack_label} harms more by {_points(gap)} points")
 
 
+_IGNORANT = {"oblivious": "oblivious", "transfer": "transfer", "gray_box": "gray"}
+"""Levels that know less than the deployed defense, and what flags call them."""
+
+
 def _knowing_more(cells: Sequence[Cell], scores: Mapping[str, Scores], add: Add) -> None:
-    """V10 and V11, attack by attack."""
+    """V10 and V11, attack by attack: each level that knows the defense against each that does not."""
     attacks: dict[str, list[Cell]] = {}
     for cell in cells:
-        if by_gradient(cell.attack) and not undefended(cell):
+        if asks(cell.attack) and not undefended(cell):
             attacks.setdefault(cell.attack_label, []).append(cell)
-    names = {"oblivious": "oblivious", "transfer": "transfer", "gray_box": "gray"}
     for group in attacks.values():
-        levels = {c.level: c for c in group if c.level in ("bpda", "white_box")}
-        if not levels:
-            continue
-        best = min(levels.values(), key=lambda c: _mean(scores[c.key]))
-        union = {i: min(scores[c.key].get(i, math.inf) for c in levels.values()) for i in scores[best.key]}
-        for other in group:
-            if other.level in names:
-                gap = paired_scores(*_common(union, scores[other.key]))
+        for cell in group:
+            if cell.level not in ("bpda", "white_box"):
+                continue
+            for other in group:
+                if other.level not in _IGNORANT:
+                    continue
+                gap = paired_scores(*_common(scores[cell.key], scores[other.key]))
                 if gap.low > 0:
                     add(
-                        best, f"{names[other.level]}-above-adaptive",
+                        cell, f"{_IGNORANT[other.level]}-above-adaptive",
                         f"{other.level_label} harms more by {_points(gap)} points",
                     )  # fmt: skip
+        levels = {c.level: c for c in group if c.level in ("bpda", "white_box") and by_gradient(c.attack)}
         if len(levels) == 2:
             gap = paired_scores(*_common(scores[levels["white_box"].key], scores[levels["bpda"].key]))
             if gap.low > 0 and gap.value > 0.02:
                 add(levels["white_box"], "full-gradient-suspect", f"bpda harms more by {_points(gap)} points")
+
+
+def _against_scores(cells: Sequence[Cell], scores: Mapping[str, Scores], add: Add) -> None:
+    """V12: at one level and budget, all score-based attacks together against all that follow gradients."""
+    levels: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        attack = cell.attack
+        if attack is not None and asks(attack) and attack.eps is not None and sees(cell):
+            levels.setdefault((cell.level, attack.norm, attack.eps), []).append(cell)
+    for (level, *_), group in levels.items():
+        follow = [c for c in group if by_gradient(c.attack)]
+        search = [c for c in group if not by_gradient(c.attack)]
+        if not follow or not search:
+            continue
+        by_gradients, by_search = _common(_lowest(follow, scores), _lowest(search, scores))
+        gap = paired_scores(by_gradients, by_search)
+        if gap.low > 0 and gap.value > 0.002:
+            exact = level != "bpda" or all(undefended(c) for c in follow)
+            names = ", ".join(dict.fromkeys(c.attack_label for c in search))
+            for cell in follow:
+                add(
+                    cell, "query-beats-gradient" if exact else "query-beats-stand-in",
+                    f"search ({names}) leaves {by_search.mean():.3f}, all gradient attacks of this level together "
+                    f"{by_gradients.mean():.3f}",
+                )  # fmt: skip
 
 
 def _across_defenses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,7 @@ from bench.store import Record, Store
 WORST = "worst case"
 ADAPTIVE = "adaptive"
 """The level of an attacker who tries everything in the grid: the per-image worst over its levels and attacks."""
-SUMMARY_VERSION = 5
+SUMMARY_VERSION = 6
 
 COLUMNS = [
     "grid", "profile", "cell", "role", "task", "dataset", "model", "defense", "attack", "level", "level_label",
@@ -351,7 +352,12 @@ def _judged(
     for cell, summary in zip(plan.cells, summaries, strict=True):
         if summary is not None:
             complete.setdefault(cell.key, (cell, summary))
-    scores = {key: dict(zip(s["ids"], s["scores"], strict=True)) for key, (_, s) in complete.items()}
+    # Where the headline is no number, for want of ground truth, the scores of the images mean nothing.
+    scores = {
+        key: dict(zip(s["ids"], s["scores"], strict=True))
+        for key, (_, s) in complete.items()
+        if not math.isnan(s["metrics"][0]["value"])
+    }
     across = group_findings([cell for cell, _ in complete.values()], scores)
     out: dict[str, list[Finding]] = {}
     for key, (cell, summary) in complete.items():

@@ -374,6 +374,8 @@ class _Planner:
         at = f"{self.source}, {where}"
         if label is None and isinstance(spec, str) and spec in self._attacks:
             return self._attacks[spec]
+        if isinstance(spec, Mapping) and "library" in spec and "name" not in spec:
+            spec = {"name": "library", **spec}
         name, params, own = split_spec(spec, at)
         if name not in ATTACKS.names():
             raise GridError(f"{at}: {unknown('attack', name, {*ATTACKS.names(), *self.grid.attacks})}")
@@ -414,6 +416,17 @@ class _Planner:
                     f"{self.source}, {where}: attack '{label}' on role {target.role}: "
                     + unknown(f"loss of task {target.task}", kind, task.losses)
                 )
+        # Not every dataset knows its classes before its files are read; the model is asked again when it runs.
+        count = len(getattr(target.dataset, "classes", ()))
+        if count:
+            try:
+                attack.check_classes(count)
+                if attack.target is not None:
+                    task_instance(target.task).check_target(attack.target, count)
+            except GridError as error:
+                raise GridError(
+                    f"{self.source}, {where}, attack '{label}' on role {target.role}: {error}"
+                ) from None
 
     def _add(
         self,
@@ -558,10 +571,17 @@ class _Planner:
         }
         if by_scores and attack.needs and behind is not None and behind.stochastic:
             payload["oracle"]["scores"] = "mean over draws"
+        payload["oracle"].update(reference_of(attack, behind))
         key = content_key(payload)
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def reference_of(attack: Attack, behind: Defense | None) -> dict[str, str]:
+    """What a craft's key says of the clean images' own outputs, where the attack compares with them."""
+    drawn = attack.compares and behind is not None and behind.stochastic
+    return {"reference": "of the same draw"} if drawn else {}
 
 
 def _bare(defense: Defense) -> bool:

@@ -130,12 +130,15 @@ class Display:
             self._progress.remove_task(self._bars.pop(event.key))
 
     def _on_failed(self, event: Event) -> None:
+        known = event.text in self.errors.values()
         self.errors[event.key] = event.text
         if not event.is_user_error:
             self.bugs += 1
         if event.traceback:
             self._keep(event)
-        self.warn(f"{self.labels.get(event.key, event.key[:12])}: {event.text}")
+        # What stops a craft stops its cells too: once is enough, the last line says what else was hit.
+        if not known:
+            self.warn(f"{self.labels.get(event.key, event.key[:12])}: {event.text}")
         self._end(event)
 
     def _keep(self, event: Event) -> None:

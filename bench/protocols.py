@@ -290,6 +290,13 @@ class Task(ABC):
 
         raise GridError(f"target '{rule}': task {self.name} has no targeted attacks")
 
+    def check_target(self, rule: str, num_classes: int) -> None:  # noqa: B027 - may know nothing before images are seen
+        """Refuse a target rule that no image of `num_classes` classes could follow, before anything runs.
+
+        Raises:
+            GridError: no such rule, or it names a class that does not exist.
+        """
+
 
 class Metric(ABC):
     """A number for a set of images.
@@ -492,9 +499,17 @@ class Oracle(Protocol):
 
     It is bound to the images of one batch; `select` narrows it to some of them. Calls outside what the attack
     declared in `needs` raise. Forward and backward passes are counted per image.
+
+    Where a defense draws random numbers (`stochastic`), all that one objective asks in one call belongs to one draw:
+    other images asked about there see the same random numbers. Between calls they differ.
     """
 
     num_classes: int
+
+    @property
+    def stochastic(self) -> bool:
+        """The victim draws random numbers."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -583,12 +598,26 @@ class Attack(ABC):
         """Forward-backward passes per image of one run (without EOT), for the time estimate."""
         return 1
 
+    @property
+    def compares(self) -> bool:
+        """Its objective holds the victim's outputs against those of the clean image: where a defense draws random
+        numbers, against those of the same draw.
+        """
+        return False
+
     def excess(self, clean: Tensor, adversarial: Tensor) -> Tensor | None:
         """How far a bound that the attack promises is exceeded, in shares of it, (B,); None = it has none but `eps`.
 
         For budgets that are no norm. Cheap necessary conditions suffice: 0 means that nothing was found.
         """
         return None
+
+    def check_classes(self, num_classes: int) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse parameters that a victim of `num_classes` classes cannot serve; asked before anything runs.
+
+        Raises:
+            GridError: names the parameter, and what is possible.
+        """
 
     def loss_kinds(self) -> Iterable[str]:
         """Loss kinds it asks for, checked against the target before anything runs."""

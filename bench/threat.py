@@ -142,6 +142,12 @@ class ModelOracle:
     def __len__(self) -> int:
         return len(self._rng)
 
+    @property
+    def stochastic(self) -> bool:
+        """A defense stands in the way and draws random numbers, anew in each draw of each call."""
+        defense = self.victim.defense
+        return defense is not None and self.victim.mode != "none" and defense.stochastic
+
     def select(self, index: Sequence[int] | Tensor) -> ModelOracle:
         """The oracle for some of its images."""
         chosen = [int(i) for i in index]

@@ -1,6 +1,7 @@
 """Planted faults: attacks, defenses and models that are broken on purpose, one for each automatic check.
 
-`grids/audit.yaml` runs them beside sound ones; every one of them must be found, and nothing else.
+`grids/audit.yaml` runs them beside sound ones, `grids/audit_costly.yaml` those that only the costly checks can find;
+every one of them must be found, and nothing else.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ class _SignSteps(Attack):
         out: Tensor = oracle.loss(x, targets, self.loss)
         return out
 
+    def step_size(self, step: int) -> float:
+        """That of the step number `step`, from 0."""
+        return self._alpha
+
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images."""
         x = images
-        for _ in range(self.steps):
+        for step in range(self.steps):
             grad = oracle.gradient(x, lambda o, v: self.objective(o, v, images, targets)).grad
-            x = x + self._alpha * grad.sign()
+            x = x + self.step_size(step) * grad.sign()
             x = torch.minimum(torch.maximum(x, images - self._eps), images + self._eps).clamp(0, 1)
         return x
 
@@ -102,6 +107,102 @@ class PlantedMeddler(_SignSteps):
         return super().run(oracle, images, targets, rng)
 
 
+@ATTACKS.register_module(name="planted_schedule")
+class PlantedSchedule(_SignSteps):
+    """A step size that falls linearly and reaches zero at step 12, whatever `steps` says: from there it goes back."""
+
+    def step_size(self, step: int) -> float:
+        """Negative after step 12."""
+        return 2 * self._alpha * (1 - step / 12)
+
+
+@ATTACKS.register_module(name="planted_overflow")
+class PlantedOverflow(_SignSteps):
+    """Keeps its perturbation in a number too small for it: what lies beyond 49/255 comes round from the other side."""
+
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Images that a large eps moves less than a small one."""
+        delta, most = super().run(oracle, images, targets, rng) - images, 49 / 255
+        return (images + (delta + most).remainder(2 * most) - most).clamp(0, 1)
+
+
+@ATTACKS.register_module(name="planted_bounce")
+class PlantedBounce(_SignSteps):
+    """Its last step leads almost back to the clean image; `return_best` would have kept what it had."""
+
+    def __init__(
+        self,
+        eps: Pixels = Fraction(8, 255),
+        alpha: Pixels = Fraction(2, 255),
+        steps: int = 20,
+        loss: str = "ce",
+        return_best: bool = False,
+    ) -> None:
+        super().__init__(eps, alpha, steps, loss)
+        self.return_best = return_best
+
+    def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
+        """Adversarial images, or what is left of them."""
+        x = super().run(oracle, images, targets, rng)
+        return x if self.return_best else images + 0.1 * (x - images)
+
+
+@DEFENSES.register_module(name="planted_reversed")
+class PlantedReversed(Defense):
+    """Changes nothing, but a gradient that crosses it comes out with the wrong sign.
+
+    Args:
+        where: in the defense itself (`forward`), or in the stand-in that BPDA differentiates (`surrogate`).
+    """
+
+    def __init__(self, where: Literal["forward", "surrogate"]) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """The images."""
+        return _backwards(images) if self.where == "forward" else images
+
+    def surrogate(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """The images."""
+        return _backwards(images) if self.where == "surrogate" else images
+
+
+def _backwards(images: Tensor) -> Tensor:
+    return 2 * images.detach() - images
+
+
+@DEFENSES.register_module(name="planted_jitter")
+class PlantedJitter(Defense):
+    """Changes nothing, but weighs every entry of the gradient at random: one draw says little, many agree.
+
+    Args:
+        sigma: standard deviation of the weights, whose mean is 1.
+    """
+
+    stochastic = True
+
+    def __init__(self, sigma: float = 10.0) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, images: Tensor, rng: ImageRNG) -> Tensor:  # type: ignore[override]
+        """The images."""
+        weight = 1 + self.sigma * rng.normal(images.shape[1:], images.device).to(images.dtype)
+        return images.detach() + weight * (images - images.detach())
+
+
+@DEFENSES.register_module(name="planted_gain")
+class PlantedGain(Defense):
+    """Six times the distance from the nearest of the ten hues: so much larger does every perturbation arrive."""
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """Images with the contrast of their noise raised."""
+        known = torch.tensor(hues(), device=images.device, dtype=images.dtype)
+        nearest = known[torch.cdist(images.detach().mean((2, 3)), known).argmin(1)][..., None, None]
+        return nearest + 6 * (images - nearest)
+
+
 @DEFENSES.register_module(name="planted_quantise")
 class PlantedQuantise(Defense):
     """Rounds to 16 levels and says that it is differentiable: the gradient of rounding is zero."""
@@ -136,6 +237,10 @@ class _Faulty(TargetModel):
         if self.fault == "swapped":
             images = images.flip(1)
         logits = self.inner.logits(images, geometry=geometry)
+        if self.fault == "fine_print":
+            last_bits = images * 255 - (images * 255).round().detach()
+            sides = 1.0 - 2 * (torch.arange(self.num_classes, device=images.device) % 2)
+            logits = logits + 50 * last_bits.flatten(1).mean(1, keepdim=True) * sides
         return logits * 1e4 if self.fault == "saturated" else logits
 
     def loss(
@@ -153,11 +258,15 @@ class _Faulty(TargetModel):
 
 @MODELS.register_module(name="planted_model")
 class PlantedModel(ModelSource):
-    """A classifier with red and blue `swapped`, or with logits so large that softmax is exact (`saturated`)."""
+    """A classifier with red and blue `swapped`, with logits so large that softmax is exact (`saturated`), or one that
+    decides by what 8-bit images do not hold (`fine_print`).
+    """
 
     task = "classification"
 
-    def __init__(self, fault: Literal["swapped", "saturated"], base: str = "mini_resnet") -> None:
+    def __init__(
+        self, fault: Literal["swapped", "saturated", "fine_print"], base: str = "mini_resnet"
+    ) -> None:
         self.fault = fault
         self.base: ModelSource = MODELS.create(base)
 
@@ -183,26 +292,30 @@ class Colours(Dataset):
     """Noisy patches of ten hues, the class: what a model that sees colours cannot mistake.
 
     The mini classifiers hardly look at colours (their digits are grey): a swap of red and blue does not show on them.
+
+    Args:
+        size: number of images.
+        rounded: to 8 bits, as files hold them.
     """
 
     task = "classification"
     classes: ClassVar[Sequence[str]] = tuple(f"hue {36 * k}" for k in range(10))
 
-    def __init__(self, size: int = 40) -> None:
-        self.size = size
+    def __init__(self, size: int = 40, rounded: bool = False) -> None:
+        self.size, self.rounded = size, rounded
 
     def __len__(self) -> int:
         return self.size
 
     def fingerprint(self) -> str:
         """Of the rule that makes the images."""
-        return "colours-1"
+        return "colours-1" + ("-8-bit" if self.rounded else "")
 
     def __getitem__(self, index: int) -> Sample:
         generator = torch.Generator().manual_seed(index)
         colour = torch.tensor(hues()[index % 10]).view(3, 1, 1)
-        image = colour + 0.1 * torch.randn(3, 16, 16, generator=generator)
-        return Sample(image.clamp(0, 1), index % 10, str(index))
+        image = (colour + 0.1 * torch.randn(3, 16, 16, generator=generator)).clamp(0, 1)
+        return Sample((image * 255).round() / 255 if self.rounded else image, index % 10, str(index))
 
 
 def hues() -> list[tuple[float, float, float]]:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bench.errors import GridError, unknown
 from bench.protocols import ImageRNG
 
-__all__ = ["check_wrong", "wrong_classes"]
+__all__ = ["check_rule", "check_wrong", "wrong_classes"]
 
 _RULES = ("class:K", "next", "random")
+
+
+def check_rule(rule: str, task: str, num_classes: int, rules: Sequence[str] = _RULES) -> int | None:
+    """Refuse a rule that `task` does not know, or that names a class a model of `num_classes` does not have.
+
+    Returns:
+        K of `class:K`, None for other rules.
+
+    Raises:
+        GridError: see above, or there is no wrong class to choose.
+    """
+    if num_classes < 2:
+        raise GridError(f"target '{rule}': a model of {num_classes} classes has no wrong class")
+    if rule in rules and rule != "class:K":
+        return None
+    if not rule.startswith("class:"):
+        raise GridError(unknown(f"target rule of task {task}", rule, rules))
+    number = rule.removeprefix("class:").strip()
+    if not number.isdecimal():
+        raise GridError(f"target '{rule}': expected class:K with a class number, such as class:3")
+    if int(number) >= num_classes:
+        raise GridError(
+            f"target '{rule}': class {number} does not exist, the model has {num_classes} classes"
+        )
+    return int(number)
 
 
 def wrong_classes(rule: str, task: str, num_classes: int, rng: ImageRNG) -> np.ndarray:
@@ -21,8 +48,7 @@ def wrong_classes(rule: str, task: str, num_classes: int, rng: ImageRNG) -> np.n
     Raises:
         GridError: unknown rule, a class the model does not have, or no wrong class to choose.
     """
-    if num_classes < 2:
-        raise GridError(f"target '{rule}': a model of {num_classes} classes has no wrong class")
+    number = check_rule(rule, task, num_classes)
     classes = np.arange(num_classes)
     if rule == "next":
         return np.tile((classes + 1) % num_classes, (len(rng), 1))
@@ -31,16 +57,7 @@ def wrong_classes(rule: str, task: str, num_classes: int, rng: ImageRNG) -> np.n
         steps = rng.integers(1, num_classes, (num_classes,)).numpy()
         wrong: np.ndarray = (classes + steps) % num_classes
         return wrong
-    if not rule.startswith("class:"):
-        raise GridError(unknown(f"target rule of task {task}", rule, _RULES))
-    number = rule.removeprefix("class:").strip()
-    if not number.isdecimal():
-        raise GridError(f"target '{rule}': expected class:K with a class number, such as class:3")
-    if int(number) >= num_classes:
-        raise GridError(
-            f"target '{rule}': class {number} does not exist, the model has {num_classes} classes"
-        )
-    return np.full((len(rng), num_classes), int(number))
+    return np.full((len(rng), num_classes), number)
 
 
 def check_wrong(rule: str, labels: np.ndarray, wrong: np.ndarray) -> None:

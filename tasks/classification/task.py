@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from bench.errors import GridError, unknown
+from bench.errors import GridError
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
+from tasks.targets import check_rule
 
 __all__ = ["TOP", "Accuracy", "Classification", "Decision", "ErrorRate"]
 
@@ -77,6 +78,11 @@ class Classification(Task):
         """A tick or a cross."""
         return "✓" if int(prediction) == int(target) else "✗"
 
+    def check_target(self, rule: str, num_classes: int) -> None:
+        check_rule(rule, self.name, num_classes, _RULES)
+        if rule == "cafd" and num_classes < 4:
+            raise GridError(f"target '{rule}': class 3 does not exist, the model has {num_classes} classes")
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[int, ...]:
@@ -90,8 +96,7 @@ class Classification(Task):
             GridError: unknown rule, a class the model does not have, or a target equal to an image's label.
         """
         labels = [int(t) for t in targets]
-        if num_classes < 2:
-            raise GridError(f"target '{rule}': a model of {num_classes} classes has no wrong class")
+        number = check_rule(rule, self.name, num_classes, _RULES)
         if rule == "cafd":
             chosen = [1 if label == 3 else 3 for label in labels]
         elif rule == "next":
@@ -99,13 +104,9 @@ class Classification(Task):
         elif rule == "random":
             steps = rng.integers(1, num_classes).tolist()
             chosen = [(label + step) % num_classes for label, step in zip(labels, steps, strict=True)]
-        elif rule.startswith("class:"):
-            number = rule.removeprefix("class:").strip()
-            if not number.isdecimal():
-                raise GridError(f"target '{rule}': expected class:K with a class number, such as class:3")
-            chosen = [int(number)] * len(labels)
         else:
-            raise GridError(unknown("target rule of task classification", rule, _RULES))
+            assert number is not None
+            chosen = [number] * len(labels)
         for label, wrong in zip(labels, chosen, strict=True):
             if not 0 <= wrong < num_classes:
                 raise GridError(

@@ -11,7 +11,7 @@ import numpy as np
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
 from tasks.detection.objects import THRESHOLDS, Detections, Objects, match
-from tasks.targets import check_wrong, wrong_classes
+from tasks.targets import check_rule, check_wrong, wrong_classes
 
 __all__ = ["BoxMAP", "BoxMAP50", "Detection", "MaskMAP", "MaskMAP50"]
 
@@ -86,6 +86,9 @@ class Detection(Task):
         ]
         objects = sum(entry["n"] for entry in entries)
         return f"{sum(hits)} of {objects} right, {len(hits) - sum(hits)} false"
+
+    def check_target(self, rule: str, num_classes: int) -> None:
+        check_rule(rule, self.name, num_classes)
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG

@@ -12,7 +12,7 @@ import torch
 from bench.errors import DataError
 from bench.protocols import ImageRNG, Metric, Task
 from bench.registry import METRICS, TASKS
-from tasks.targets import check_wrong, wrong_classes
+from tasks.targets import check_rule, check_wrong, wrong_classes
 
 __all__ = ["IGNORE", "MeanIoU", "PixelAccuracy", "Segmentation"]
 
@@ -74,6 +74,9 @@ class Segmentation(Task):
     def verdict(self, prediction: Any, target: Any) -> str:
         """The share of pixels that are right."""
         return f"{self.rows(prediction, target)['score']:.0%} of pixels right"
+
+    def check_target(self, rule: str, num_classes: int) -> None:
+        check_rule(rule, self.name, num_classes)
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG

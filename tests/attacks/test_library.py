@@ -112,6 +112,14 @@ def test_targeted(lab, victim):
     [
         ({"library": "foolbox", "attack": "L2DeepFool"}, "did you mean 'L2DeepFoolAttack'"),
         ({"library": "foolbox", "attack": "DDNAttack", "params": {"step": 3}}, "did you mean 'steps'"),
+        (
+            {"library": "foolbox", "attack": "DDNAttack", "params": {"steps": 0}},
+            "foolbox's DDNAttack, params.steps: expected at least 1, got 0",
+        ),
+        (
+            {"library": "foolbox", "attack": "L2CarliniWagnerAttack", "params": {"binary_search_steps": -1}},
+            "params.binary_search_steps: expected at least 1, got -1",
+        ),
         ({"library": "foolbox", "attack": "LinfPGD"}, "needs an eps"),
         ({"library": "foolbox", "attack": "LinfPGD", "eps": 8}, "did you mean 8/255"),
         ({"library": "foolbox", "attack": "InversionAttack"}, "needs params: {distance: l2}"),

@@ -147,11 +147,59 @@ def test_the_shipped_grid_finds_its_faults_and_nothing_else(tmp_path: Path) -> N
         ("saturated", "none", "pgd", "oblivious"): {"zero-gradient", "below-noise", "weak-on-undefended"},
         ("swapped", "none", "clean", "clean"): {"channels-swapped", "clean-off-reference"},
         ("swapped", "none", "noise", "oblivious"): {"channels-swapped"},
+        ("swapped", "none", "descent", "oblivious"): {"channels-swapped", "below-noise", "fails-unit-test"},
+        (role, "reversed", "pgd_16", "white_box"): {
+            "oblivious-above-adaptive", "transfer-above-adaptive", "gray-above-adaptive", "full-gradient-suspect",
+            "query-beats-gradient", "loss-fell",
+        },
+        (role, "misleading", "pgd_16", "bpda"): {"oblivious-above-adaptive", "query-beats-stand-in", "loss-fell"},
+    }  # fmt: skip
+    notes = {
+        (c.target.role, c.defense_label, c.attack_label): {f.flag for f in found if not f.suspect}
+        for c, found in result.judged
     }
+    assert notes[role, "jpeg", "deepfool"] == {"noise-defends-too"}
+    assert notes["colours", "gain", "pgd_12"] == {"defense-hurts"}
+    assert notes["swapped", "none", "descent"] == {"attack-helps"}
+    planted = {(role, "jpeg", "deepfool"), ("colours", "gain", "pgd_12"), ("swapped", "none", "descent")}
+    others = set().union(*(found for key, found in notes.items() if key not in planted))
+    assert not others & {"noise-defends-too", "defense-hurts", "attack-helps"}
     assert {(c.defense_label, c.attack_label) for c, _ in result.stopped} == {
         ("none", "overshoot"), ("none", "meddler"), ("global", "clean"), ("global", "pgd")
     }  # fmt: skip
-    assert len(result.judged) == 27
+    assert len(result.judged) == 44
+
+
+def test_the_shipped_grid_of_costly_checks_finds_its_faults(tmp_path: Path) -> None:
+    """Nothing is seen of them without the extra cells, but for what saturated logits give away."""
+    grid, store = GRIDS / "audit_costly.yaml", str(tmp_path / "s")
+    main(["run", "--grid", str(grid), "--store", store, "--out", str(tmp_path), "--workers", "1", "-q"])
+    first = suspicions(audit(make_plan(Options(grid)), Store(tmp_path / "s"), 24))
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", "--grid", str(grid), "--store", store, "--costly", "--audit-images", "24", "-q"])
+    assert stopped.value.code == 1
+    result = audit(make_plan(Options(grid)), Store(tmp_path / "s"), 24)
+    assert result.unchecked == {}
+    flags = {
+        (c.target.role, c.defense_label, c.attack_label): {f.flag for f in found}
+        for c, found in result.judged
+    }
+    for key, expected in {
+        ("colours", "none", "schedule"): "more-steps-weaker",
+        ("colours", "none", "overflow"): "eps-not-monotone",
+        ("colours", "none", "bounce"): "last-is-worse",
+        ("colours", "jitter", "bim"): "eot-too-few",
+        ("colours_saturated", "none", "bim"): "one-loss-is-not-enough",
+        ("colours_rounded", "none", "hairline"): "rounding-matters",
+    }.items():
+        assert expected in flags[key], key
+        assert expected not in first.get((*key, "oblivious"), set())
+    suspect = {(c.target.role, c.defense_label, c.attack_label) for c, _ in result.suspect}
+    assert not suspect & {
+        ("colours", "none", "bim"),
+        ("colours", "none", "noise"),
+        ("colours", "none", "clean"),
+    }
 
 
 def test_what_breaks_the_rules_is_stopped(judged: Audit) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,15 @@ from bench.audit import unit_test, vary
 from bench.checks import (
     FLAGS,
     Finding,
+    cell_findings,
     check_adversarials,
     check_defense,
     check_frozen,
     craft_findings,
     digest,
+    group_findings,
     model_findings,
+    reference_findings,
 )
 from bench.errors import CheckError
 from bench.protocols import Attack, Batch, Defense, Geometry, ImageRNG, TargetModel
@@ -136,6 +141,124 @@ def test_a_paired_difference_needs_more_than_chance() -> None:
         paired_scores(one, np.ones(3))
 
 
+# -- cells against each other -----------------------------------------------------------------------------------------
+class Named(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def cell(name: str, level: str, *, defense: str = "planted", key: str = "", **params: Any) -> Any:
+    """As much of a cell as comparisons read."""
+    attack = ATTACKS.create(name, params)
+    return Named(
+        key=key or f"{name}/{level}/{defense}", target=SimpleNamespace(role="r", task="classification"),
+        defense_label=defense, image_format="float", attack=attack, attack_label=name, level=level, level_label=level,
+        payload={"defense": {"name": defense}}, defense=SimpleNamespace(name=defense, stochastic=False),
+        craft=SimpleNamespace(eot=1),
+    )  # fmt: skip
+
+
+def compared(left: dict[Any, Any]) -> dict[str, set[str]]:
+    """Flags by cell, for cells that leave this share of 20 images, the first ones, or these scores."""
+    scores = {}
+    for c, share in left.items():
+        values = [float(i < 20 * share) for i in range(20)] if isinstance(share, float) else share
+        scores[c.key] = {str(i): float(v) for i, v in enumerate(values)}
+    return {key: {f.flag for f in found} for key, found in group_findings([*left], scores).items()}
+
+
+def test_every_level_that_knows_the_defense_is_held_against_those_that_do_not() -> None:
+    bpda, exact = cell("pgd", "bpda"), cell("pgd", "white_box")
+    found = compared({bpda: 0.9, exact: 0.0, cell("pgd", "oblivious"): 0.4, cell("pgd", "gray_box"): 0.2})
+    # The stronger level does not excuse the weaker one.
+    assert found == {"pgd/bpda/planted": {"oblivious-above-adaptive", "gray-above-adaptive"}}
+    found = compared({bpda: 0.0, exact: 0.9, cell("pgd", "transfer"): 0.4})
+    assert found == {"pgd/white_box/planted": {"transfer-above-adaptive", "full-gradient-suspect"}}
+    assert compared({bpda: 0.4, exact: 0.4, cell("pgd", "oblivious"): 0.4}) == {}
+    assert compared({bpda: 0.4, cell("pgd", "oblivious"): 0.3}) == {}  # two images: chance
+
+
+def test_search_over_scores_is_held_against_its_own_transfer() -> None:
+    left = {cell("square", "white_box"): 0.9, cell("square", "oblivious"): 0.3}
+    assert compared(left) == {"square/white_box/planted": {"oblivious-above-adaptive"}}
+    # Images that ask nothing of the victim are the same at every level.
+    assert compared({cell("noise", "white_box"): 0.9, cell("noise", "oblivious"): 0.3}) == {}
+
+
+def test_search_over_scores_must_not_beat_all_gradients_of_its_level() -> None:
+    left = {cell("pgd", "white_box"): 0.9, cell("bim", "white_box"): 0.8, cell("square", "white_box"): 0.3}
+    flagged = {"query-beats-gradient"}
+    assert compared(left) == {"pgd/white_box/planted": flagged, "bim/white_box/planted": flagged}
+    # In front of a stand-in it says something about the stand-in.
+    assert compared({cell("pgd", "bpda"): 0.9, cell("square", "bpda"): 0.3}) == {
+        "pgd/bpda/planted": {"query-beats-stand-in"}
+    }
+    assert compared(
+        {cell("pgd", "oblivious", defense="none"): 0.9, cell("square", "oblivious", defense="none"): 0.3}
+    ) == {"pgd/oblivious/none": flagged}
+    # One gradient attack that does as much is enough. Other budgets and levels do not compare, nor what cannot see.
+    assert compared({**left, cell("apgd", "white_box"): 0.2}) == {}
+    assert compared({cell("pgd", "white_box"): 0.9, cell("square", "white_box", eps="16/255"): 0.3}) == {}
+    assert compared({cell("pgd", "bpda"): 0.9, cell("square", "white_box"): 0.3}) == {}
+    assert compared({cell("pgd", "oblivious"): 0.9, cell("square", "oblivious"): 0.3}) == {}
+
+
+def test_the_union_of_gradient_attacks_counts_image_by_image() -> None:
+    half = [0.0] * 10 + [1.0] * 10
+    left = {
+        cell("pgd", "white_box"): half,
+        cell("bim", "white_box"): half[::-1],
+        cell("square", "white_box"): [0.0] * 20,
+    }
+    assert compared(left) == {}
+
+
+def test_what_cannot_be_measured_is_not_compared() -> None:
+    nothing = [float("nan")] * 20
+    assert (
+        compared(
+            {cell("pgd", "bpda"): nothing, cell("pgd", "oblivious"): 0.3, cell("noise", "bpda"): nothing}
+        )
+        == {}
+    )
+    some = [float("nan")] * 4 + [1.0] * 16
+    assert (
+        "oblivious-above-adaptive"
+        in compared({cell("pgd", "bpda"): some, cell("pgd", "oblivious"): 0.3}).popitem()[1]
+    )
+
+
+@pytest.mark.parametrize("name", ["clean", "pgd"])
+def test_scores_without_ground_truth_are_not_off(name: str) -> None:
+    judged = cell("pgd", "oblivious", defense="none", alpha="2/255", steps=20)
+    judged.target.model = SimpleNamespace(name="m", recorded=lambda: {"clean": 0.9, "pgd10": 0.1})
+    if name == "clean":
+        judged.attack = None
+    line = {"metric": "miou", "value": 0.5, "low": 0.4, "high": 0.6}
+    assert len(reference_findings(judged, [line])) == 1
+    assert reference_findings(judged, [{**line, "value": math.nan, "low": math.nan, "high": math.nan}]) == []
+
+
+@pytest.mark.parametrize(
+    ("eot", "scores", "expected"),
+    [
+        (1, [1.0, 1.0, 1.0], {"no-eot"}),
+        (5, [1.0, 0.0, 1.0], {"few-draws"}),
+        (5, [1.0, 1.0, 1.0], set()),
+        (20, [1.0, 0.0, 1.0], set()),
+    ],
+)
+def test_few_draws_are_noted_where_the_outcome_turns_on_the_draw(
+    eot: int, scores: list[float], expected: set[str]
+) -> None:
+    judged = cell("pgd", "white_box")
+    judged.defense.stochastic, judged.craft.eot = True, eot
+    info = {f"craft_{k}": v for k, v in trace(*RISING).items()}
+    row = {"score": sum(scores) / 3, "scores": scores, "stats": [{}], **info}
+    settled = {**row, "scores": [0.0] * 3, "score": 0.0}
+    assert {f.flag for f in cell_findings(judged, [row] * 3 + [settled] * 7)} == expected
+    assert {f.flag for f in cell_findings(judged, [row] + [settled] * 9)} == expected - {"few-draws"}
+
+
 # -- models and defenses ----------------------------------------------------------------------------------------------
 class Net(TargetModel):
     """Classes by colour: red against blue."""
@@ -193,6 +316,26 @@ def test_a_wrong_gradient_and_a_loss_of_its_own_mind_stop() -> None:
         judge(Net(factor=0.5))
     with pytest.raises(CheckError, match="differs between two calls"):
         judge(Net(jitter=True))
+
+
+def test_a_loss_that_learns_from_ignored_pixels_stops() -> None:
+    class Segmenter(Net):
+        task = "segmentation"
+
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.counts = counts
+
+        def loss_from_logits(self, logits: Tensor, targets: Sequence[Any], kind: str) -> Tensor:
+            labels = torch.stack([torch.as_tensor(t) for t in targets])
+            if self.counts:
+                labels = labels.where(labels != 255, 0)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=255)
+            return loss.flatten(1).mean(1)
+
+    assert [f.flag for f in judge(Segmenter(counts=False))] == []
+    with pytest.raises(CheckError, match="loss 'ce' of net has a gradient on ignored pixels"):
+        judge(Segmenter(counts=True))
 
 
 def test_boxes_outside_the_image_stop() -> None:

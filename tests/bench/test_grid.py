@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -225,3 +226,36 @@ def test_mistakes_in_overrides_are_one_line(tmp_path: Path, overrides: str, mess
     with pytest.raises(BenchError) as error:
         _planned(tmp_path, f"overrides: {overrides}")
     assert message in str(error.value) and "\n" not in str(error.value) and "own.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ('{name: pgd, target: "class:12"}', "target 'class:12': class 12 does not exist, the model has 10 classes"),
+        ("{name: pgd, target: nxt}", "unknown target rule of task classification 'nxt': did you mean 'next'?"),
+        ("{name: deepfool, candidates: 20}", "candidates: 20 is more than the 10 classes of the model"),
+        ("{name: apgd, loss: dlr_targeted, classes: 20}", "classes: 20 is more than the 9 wrong classes of the model"),
+        ("{library: foolbox, attack: L2DeepFoolAttak}", "did you mean 'L2DeepFoolAttack'?"),
+        ("{library: foolbox, attack: LinfPGD, eps: 8/255, params: {steps: 0}}", "expected at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_attacks_that_do_not_fit_the_classes_are_found_before_anything_runs(
+    tmp_path: Path, attack: str, message: str
+) -> None:
+    if "foolbox" in attack:
+        pytest.importorskip("foolbox")
+    grid = write(tmp_path, GOOD.replace("attacks: [pgd]", f"attacks: [{attack}]"))
+    with pytest.raises(BenchError, match=re.escape(message)) as raised:
+        make_plan(Options(grid))
+    assert str(grid) in str(raised.value) and "blocks[0].attacks[0]" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_library_names_its_attack_without_a_name(tmp_path: Path) -> None:
+    pytest.importorskip("foolbox")
+    short = "{library: foolbox, attack: L2DeepFoolAttack}"
+    cells = [
+        make_plan(Options(write(tmp_path, GOOD.replace("attacks: [pgd]", f"attacks: [{spec}]")))).cells
+        for spec in (short, short.replace("{", "{name: library, "))
+    ]
+    assert [c.key for c in cells[0]] == [c.key for c in cells[1]]
