@@ -265,7 +265,7 @@ def measure(
         if name == "floor":
             bare(network, images, *passes)
         else:
-            out = runs[name](images, labels)
+            out = runs[name](images, labels).detach()
         seen[name].seconds.append(time.process_time() - begun)
         seen[name].forwards = counter.forwards / len(images)
         seen[name].backwards = counter.backwards / len(images)
