@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -50,7 +51,12 @@ class DDN(MinimalNorm):
         refine: halvings, after the last step, of the gap between the nearest adversarial image and the clean one along
             the line that joins them; not in the paper. A few make up for fewer steps.
         target: rule for a wrong target to reach; None = untargeted.
+        final_gamma: what gamma falls to at the last step, on a cosine as alpha does (FMN, Pintor et al., NeurIPS 2021,
+            lets its own do so); None = gamma stays, as in the paper. A wide search that narrows needs fewer steps, if
+            the first norm is about right: what is far from it is not reached once gamma is small.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"final_gamma": None}
 
     def __init__(
         self,
@@ -60,7 +66,11 @@ class DDN(MinimalNorm):
         levels: Annotated[int, Field(ge=2)] | None = 256,
         refine: Annotated[int, Field(ge=0)] = 0,
         target: str | None = None,
+        final_gamma: Annotated[float, Field(gt=0, lt=1)] | None = None,
     ) -> None:
+        if final_gamma is not None and final_gamma > gamma:
+            raise ValueError(f"final_gamma: {final_gamma} must be at most gamma = {gamma}")
+        self.final_gamma = final_gamma
         self.steps, self.gamma, self.initial_norm = steps, gamma, initial_norm
         self.levels, self.refine, self.target = levels, refine, target
 
@@ -82,7 +92,8 @@ class DDN(MinimalNorm):
             best.offer(work.index, images, lengths(work.delta), success)
             alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2
             delta = work.delta + alpha * _unit(seen.grad, work.rng)
-            factor = torch.where(success, 1 - self.gamma, 1 + self.gamma).to(work.radius.dtype)
+            gamma = self._gamma(step)
+            factor = torch.where(success, 1 - gamma, 1 + gamma).to(work.radius.dtype)
             radius = torch.minimum(work.radius * factor, work.longest)
             delta = delta * per_image(radius / lengths(delta).clamp(min=1e-12))
             delta = self._image(work.clean + delta) - work.clean
@@ -93,6 +104,12 @@ class DDN(MinimalNorm):
         if self.refine:
             self._refine(work, best)
         return best.images
+
+    def _gamma(self, step: int) -> float:
+        if self.final_gamma is None:
+            return self.gamma
+        share = (1 + math.cos(math.pi * step / max(self.steps - 1, 1))) / 2
+        return self.final_gamma + (self.gamma - self.final_gamma) * share
 
     def _score(self, labels: Tensor) -> Score:
         sign = 1.0 if self.target is None else -1.0

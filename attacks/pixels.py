@@ -124,6 +124,21 @@ class JensenShannon(PixelLoss):
         return math.log(2) + (p * log_p - (1 + p) * p.log1p()) / 2
 
 
+class MaskedUnitLogit(PixelLoss):
+    """Minus the label's logit at pixels that are still right, logits at unit length (code of Croce et al. 2024).
+
+    -z_y / ||z||_2, in [-1, 1]; it asks for another direction of the logits, whatever their scale. 0 at wrong pixels.
+    """
+
+    name = "masked unit logit"
+
+    def pixels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B, H, W)."""
+        index = labels.where(labels != IGNORE, 0)[:, None]
+        unit = F.normalize(logits, dim=1)
+        return -unit.gather(1, index)[:, 0] * right(logits, labels)
+
+
 class SegPGDLoss(PixelLoss):
     """(1 - lambda) CE of right pixels + lambda CE of wrong pixels (Gu et al. 2022, eq. 4 and 5).
 

@@ -65,7 +65,7 @@ class _Estimated(Attack):
         device, targeted = clean.device, self.target is not None
         project = make_projection("linf", clean, self._eps)
         x, out, memory = clean.clone(), clean.clone(), None
-        best = clean.new_full((len(clean),), float("-inf"))
+        best = torch.full((len(clean),), float("-inf"), device=device)  # as the oracle's values, float32
         done = torch.zeros(len(clean), dtype=torch.bool, device=device)
         at = torch.arange(len(clean), device=device)
         for step in range(self.steps + 1):

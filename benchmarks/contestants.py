@@ -44,7 +44,10 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """Attacks of equal steps: ours by name and parameters, and those of each library by class and arguments."""
+    """Attacks to compare: ours by name and parameters, and those of libraries by class and arguments.
+
+    A key of `others` is a library, or `library: setting` where it takes part with several settings.
+    """
 
     label: str
     ours: tuple[str, dict[str, Any]]
@@ -58,11 +61,16 @@ class Case:
         """The attack of `by`, `ours` or a library, on `target`; `start` seeds ours, libraries draw globally."""
         if by == "ours":
             return ours(target, *self.ours, start)
-        return LIBRARIES[by](Network(target), *self.others[by], self.eps, self.targeted)
+        return LIBRARIES[library(by)](Network(target), *self.others[by], self.eps, self.targeted)
 
     def libraries(self) -> list[str]:
-        """Those of the libraries that can be imported."""
-        return [name for name in self.others if importlib.util.find_spec(name) is not None]
+        """Those of the others whose libraries can be imported."""
+        return [name for name in self.others if importlib.util.find_spec(library(name)) is not None]
+
+
+def library(contestant: str) -> str:
+    """The library that a key of `Case.others` belongs to."""
+    return contestant.split(":", 1)[0]
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.errors import GridError, NotApplicable, PluginError
 from bench.protocols import Defense
-from bench.registry import ATTACKS
+from bench.registry import ATTACKS, DATASETS, MODELS
 from bench.threat import ModelOracle, Victim
 
 ATTACKS_AND_PARAMS = [
@@ -21,10 +21,13 @@ ATTACKS_AND_PARAMS = [
     ("cw_pgd", {"steps": 4}),
     ("ddn", {"steps": 10}),
     ("ddn", {"steps": 6, "levels": None, "gamma": 0.3, "refine": 4}),
+    ("ddn", {"steps": 10, "gamma": 0.2, "final_gamma": 0.01, "refine": 4}),
     ("deepfool", {"steps": 4}),
+    ("deepfool", {"steps": 4, "later": 3}),
     ("deepfool", {"steps": 2, "eps": "1/4", "candidates": 3}),
     ("deepfool_linf", {"steps": 4, "overshoot": 0.1}),
     ("deepfool_linf", {"steps": 3, "eps": "4/255"}),
+    ("deepfool_linf", {"steps": 3, "eps": "4/255", "candidates": 4, "later": 2}),
 ]
 IDS = [f"{name}-{'-'.join(str(v) for v in params.values())}" for name, params in ATTACKS_AND_PARAMS]
 MINIMAL = [case for case in ATTACKS_AND_PARAMS if case[0] != "cw_pgd" and "eps" not in case[1]]
@@ -73,8 +76,11 @@ def affine(lab):
         ("cw_l2", {"steps": 200, "initial_c": 0.01, "binary_search_steps": 10, "refined": 4}, 2, 0.02),
         # The gradient of the cross-entropy is not quite normal to the nearest boundary: the third class pulls.
         ("ddn", {"steps": 100, "levels": None}, 2, 0.09),
+        ("ddn", {"steps": 30, "levels": None, "gamma": 0.2, "final_gamma": 0.01, "refine": 6}, 2, 0.09),
         ("deepfool", {"overshoot": 0.001}, 2, 0.005),
+        ("deepfool", {"overshoot": 0.001, "later": 2}, 2, 0.005),
         ("deepfool_linf", {"overshoot": 0.001}, 1, 0.01),
+        ("deepfool_linf", {"overshoot": 0.001, "later": 2}, 1, 0.01),
         ("cw_linf", {"steps": 100, "initial_c": 0.01, "lr": 2e-3}, 1, 0.12),
     ],
 )
@@ -274,6 +280,51 @@ def test_refining_comes_nearer_and_rounds(lab):
         torch.testing.assert_close(out * 255, (out * 255).round(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["deepfool", "deepfool_linf"])
+@pytest.mark.parametrize("candidates", [2, 3, None])
+def test_gradients_for_unfooled_images_alone_find_the_same(lab, name, candidates):
+    """With all candidates kept, the same images for fewer passes; with two, fewer still. Old keys stay."""
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, _ = lab.batch(8)
+    labels = target.predict(images)
+    labels[3] = (labels[3] + 1) % 5
+    runs, backwards = {}, {}
+    for later in (None, candidates or 10, 2):
+        attack = ATTACKS.create(name, {"candidates": candidates, "later": later})
+        assert ("later" in attack.identity()["params"]) == (later is not None)
+        oracle = lab.oracle(target, attack, 8)
+        runs[later] = attack.run(oracle, images, labels, lab.rng(8))
+        backwards[later] = sum(trace.backwards for trace in oracle.traces)
+        assert max(trace.backwards for trace in oracle.traces) <= attack.passes()
+    assert torch.equal(runs[None], runs[candidates or 10])
+    assert backwards[None] > backwards[candidates or 10] >= backwards[2]
+    fooled = [p != y for p, y in zip(target.predict(runs[2]), labels, strict=True)]
+    assert all(fooled)
+
+
+def test_a_norm_that_settles_needs_fewer_steps(lab):
+    trained = MODELS.create("mini_wrn").load(torch.device("cpu"))
+    digits = DATASETS.create("mini_digits", {"count": 16})
+    samples = [digits[i] for i in range(16)]
+    images, labels = torch.stack([s.image for s in samples]), [int(s.target) for s in samples]
+    lengths = []
+    for more in ({}, {"final_gamma": 0.01}):
+        few = {"steps": 12, "gamma": 0.2, "initial_norm": 0.4, "levels": None}
+        out = lab.run(ATTACKS.create("ddn", {**few, **more}), trained, images, labels)
+        assert (trained.logits(out).argmax(1) != torch.tensor(labels)).all()
+        lengths.append(float((out - images).flatten(1).norm(dim=1).mean()))
+    assert lengths[1] < lengths[0]
+    target = lab.Classifier(lab.convnet(), 5)
+    images, _ = lab.batch(4)
+    labels = target.predict(images)
+    same, constant = (
+        lab.run(ATTACKS.create("ddn", {"steps": 6, **more}), target, images, labels)
+        for more in ({}, {"final_gamma": 0.05})
+    )
+    torch.testing.assert_close(same, constant, rtol=0, atol=1e-6)
+    assert "final_gamma" not in ATTACKS.create("ddn", {}).identity()["params"]
+
+
 def test_few_refined_weights_save_passes(lab):
     """Where only success is asked for, descents end with it; all refined is the published attack, under its old key."""
     target = lab.Classifier(lab.convnet(), 5)
@@ -323,6 +374,9 @@ def test_a_flat_victim_gets_its_clean_images_back(lab):
         ("cw_pgd", {"steps": 0}, "steps"),
         ("ddn", {"steps": 0}, "steps"),
         ("ddn", {"gamma": 1}, "gamma"),
+        ("ddn", {"final_gamma": 0.1}, "final_gamma: 0.1 must be at most gamma = 0.05"),
+        ("deepfool", {"candidates": 4, "later": 5}, "later: 5 must be at most candidates = 4"),
+        ("deepfool_linf", {"later": 1}, "later"),
         ("ddn", {"levels": 1}, "levels"),
         ("ddn", {"eps": "8/255"}, "unknown parameter 'eps'"),
         ("deepfool", {"steps": 0}, "steps"),

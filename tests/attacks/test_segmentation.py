@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attacks.pixels import MaskedUnitLogit, SegPGDLoss
 from attacks.sea import SEA, _stages
 from attacks.segmentation import DeepFoolSeg
 from bench.errors import GridError, PluginError
@@ -24,6 +25,7 @@ ATTACK = {
     "cw_seg-targeted": {"eps": "8/255", "alpha": "2/255", "steps": 5, "target": "next"},
     "deepfool_seg": {"eps": "8/255", "steps": 5},
     "sea": {"steps": 10},
+    "sea-code": {"steps": 6, "losses": ["segpgd", "mask_logit"]},
     "sea-random": {"steps": 10, "start": "uniform", "losses": ["js"], "shrink": False},
 }
 
@@ -174,6 +176,46 @@ def test_sea_keeps_the_worst_of_its_losses(target, batch):
     for i, score in enumerate(right(target, out, labels)):
         assert score == min(s[i] for s in scores.values())
         assert any(torch.equal(out[i], one[i]) for one in alone.values())
+
+
+def test_the_losses_of_the_code_of_sea(target, batch):
+    """Values by hand at the first and a later step, ignored pixels left out; and each is an attack by itself."""
+    images, labels = batch
+    y = torch.stack(labels)
+    z = target.net(images)
+    counted, good = y != 255, z.argmax(1) == y
+    index = y.where(counted, 0)[:, None]
+    unit = z.gather(1, index)[:, 0] / z.square().sum(1).sqrt()
+    expected = -(unit * good).sum((1, 2)) / counted.sum((1, 2))
+    torch.testing.assert_close(MaskedUnitLogit().of(z, y), expected)
+    torch.testing.assert_close(MaskedUnitLogit().of(7 * z, y), expected)
+    ce = nn.functional.cross_entropy(z, y, reduction="none", ignore_index=255)
+    for step, share in ((0, 0.0), (5, 0.25), (10, 0.5)):
+        weighed = (torch.where(good, 1 - share, share) * ce).sum((1, 2)) / counted.sum((1, 2))
+        torch.testing.assert_close(SegPGDLoss().at(step, 10).of(z, y), weighed)
+    before = right(target, images, labels)
+    for loss in ("segpgd", "mask_logit"):
+        out = run(ATTACKS.create("sea", {"steps": 10, "losses": [loss]}), target, images, labels, range(4))
+        assert all(a < b for a, b in zip(right(target, out, labels), before, strict=True)), loss
+
+
+def test_segpgd_in_sea_moves_its_weights(target, batch):
+    """The loss of step t of a stage is the one of SegPGD; another stage begins anew."""
+    seen: list[float] = []
+
+    class Spy(SegPGDLoss):
+        def of(self, logits: Tensor, labels: Tensor) -> Tensor:
+            seen.append(self.share)
+            return super().of(logits, labels)
+
+        def at(self, step: int, steps: int) -> SegPGDLoss:
+            return Spy(step / (2 * steps))
+
+    attack = SEA(steps=10, losses=("segpgd",))
+    attack.losses = [Spy()]
+    oracle = ModelOracle(Victim((target,)), attack, ImageRNG(range(4)))
+    attack.run(oracle, *batch, ImageRNG(range(4)))
+    assert seen == [t / 6 for t in range(4)] * 2 + [t / 8 for t in range(5)]
 
 
 def test_sea_never_returns_worse_than_its_start(target, batch):
