@@ -83,6 +83,7 @@ class AutoAttack(Attack):
         self.members: tuple[Member, ...] = MEMBERS[version] if attacks is None else tuple(attacks)
         self.steps, self.queries, self.failed, self.group = steps, queries, failed, group
         self.returns_clean, self.averages = failed == "clean", version == "rand"
+        self.also_scores = "square" in self.members
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "library": f"pyautoattack {importlib.metadata.version('pyautoattack')}"}

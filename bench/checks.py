@@ -783,7 +783,9 @@ def _against_scores(cells: Sequence[Cell], scores: Mapping[str, Scores], add: Ad
         if attack is not None and asks(attack) and attack.eps is not None and sees(cell):
             levels.setdefault((cell.level, attack.norm, attack.eps), []).append(cell)
     for (level, *_), group in levels.items():
-        follow = [c for c in group if by_gradient(c.attack)]
+        follow = [
+            c for c in group if c.attack is not None and by_gradient(c.attack) and not c.attack.also_scores
+        ]
         search = [c for c in group if not by_gradient(c.attack)]
         if not follow or not search:
             continue

@@ -558,6 +558,7 @@ class Attack(ABC):
         labelled: it leaves (or seeks) the label it is given; not so where it only leaves the clean image's own output.
         returns_clean: an image it fails on comes back unchanged.
         averages: it averages its gradients over draws of a stochastic defense by itself.
+        also_scores: besides following gradients it searches over scores, so that its success tells nothing of either.
         version: raise it when the output changes for the same parameters.
         added: parameters that came later, with the value at which the output is what it was without them: there they
             stay out of keys, and what was stored before stays valid.
@@ -575,6 +576,7 @@ class Attack(ABC):
     labelled: bool = True
     returns_clean: bool = False
     averages: bool = False
+    also_scores: bool = False
     version: ClassVar[int] = 1
     added: ClassVar[Mapping[str, Any]] = {}
 

@@ -195,6 +195,11 @@ def test_search_over_scores_must_not_beat_all_gradients_of_its_level() -> None:
     assert compared(
         {cell("pgd", "oblivious", defense="none"): 0.9, cell("square", "oblivious", defense="none"): 0.3}
     ) == {"pgd/oblivious/none": flagged}
+    # AutoAttack has a search of its own: it speaks for neither side.
+    assert compared({**left, cell("autoattack", "white_box"): 0.0}) == {
+        "pgd/white_box/planted": flagged,
+        "bim/white_box/planted": flagged,
+    }
     # One gradient attack that does as much is enough. Other budgets and levels do not compare, nor what cannot see.
     assert compared({**left, cell("apgd", "white_box"): 0.2}) == {}
     assert compared({cell("pgd", "white_box"): 0.9, cell("square", "white_box", eps="16/255"): 0.3}) == {}
