@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.checks import (
+    DRAWS,
     FLAGS,
     Finding,
     by_gradient,
@@ -36,7 +37,7 @@ from bench.frame import cell_metrics, findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Craft, Plan, reference_of
-from bench.protocols import Attack, Geometry, ImageRNG, TargetModel
+from bench.protocols import Attack, Defense, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS, DEFENSES
 from bench.runner import broken, cell_record, not_applicable
 from bench.stats import paired_scores
@@ -124,10 +125,15 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
                     if check != "V16" or varied.key not in cells:
                         out.append(Extra(check, what, varied, parent))
             assert cell.craft is not None
-            averaged = cell.craft.eot >= 20 or cell.attack.averages
+            averaged = cell.craft.eot >= DRAWS or cell.attack.averages
             if cell.defense.stochastic and cell.level != "oblivious" and not averaged:
                 out.append(
-                    Extra("V13", "eot 20", _varied(parent, cell.attack, eot=20, what="eot 20"), parent)
+                    Extra(
+                        "V13",
+                        f"eot {DRAWS}",
+                        _varied(parent, cell.attack, eot=DRAWS, what=f"eot {DRAWS}"),
+                        parent,
+                    )
                 )
             twin = (cell.target.role, cell.defense_label, cell.attack_label, cell.level_label, "uint8")
             if twin not in twins:
@@ -206,13 +212,20 @@ def _scaled(params: Mapping[str, Any], factor: Fraction) -> dict[str, str]:
     return {"alpha": str(Fraction(params["alpha"]) * factor)} if params.get("alpha") is not None else {}
 
 
+def _oracle(
+    known: Mapping[str, Any], attack: Attack, behind: Defense | None, **changes: Any
+) -> dict[str, Any]:
+    """What a craft's key says of its oracle, with changes."""
+    kept = {key: value for key, value in known.items() if key != "reference"}
+    return {**kept, **changes, **reference_of(attack, behind)}
+
+
 def _varied(cell: Cell, attack: Attack, what: str, eot: int | None = None) -> Cell:
     """`cell` under another attack, or with other `eot`, at the same level."""
     assert cell.craft is not None
     draws = cell.craft.eot if eot is None else eot
     made: dict[str, Any] = {**cell.craft.payload, "attack": attack.identity()}
-    oracle = {k: v for k, v in made["oracle"].items() if k != "reference"}
-    made["oracle"] = {**oracle, "eot": draws, **reference_of(attack, cell.craft.defense)}
+    made["oracle"] = _oracle(made["oracle"], attack, cell.craft.defense, eot=draws)
     craft = replace(
         cell.craft, key=content_key(made), payload=made, target=cell.target, attack=attack, eot=draws
     )
@@ -228,8 +241,7 @@ def _undefended(cell: Cell) -> Cell:
     """The same attack on the bare model."""
     assert cell.craft is not None
     made: dict[str, Any] = dict(cell.craft.payload)
-    oracle = {k: v for k, v in made["oracle"].items() if k != "reference"}
-    made["oracle"] = {**oracle, "defense": None, "mode": "none", "eot": 1}
+    made["oracle"] = _oracle(made["oracle"], cell.craft.attack, None, defense=None, mode="none", eot=1)
     craft = replace(
         cell.craft, key=content_key(made), payload=made, target=cell.target, defense=None, mode="none", eot=1
     )

@@ -79,9 +79,14 @@ class Classification(Task):
         return "✓" if int(prediction) == int(target) else "✗"
 
     def check_target(self, rule: str, num_classes: int) -> None:
-        check_rule(rule, self.name, num_classes, _RULES)
+        self._number(rule, num_classes)
+
+    def _number(self, rule: str, num_classes: int) -> int | None:
+        """K of `class:K`; refuses what no image could follow."""
+        number = check_rule(rule, self.name, num_classes, _RULES)
         if rule == "cafd" and num_classes < 4:
             raise GridError(f"target '{rule}': class 3 does not exist, the model has {num_classes} classes")
+        return number
 
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
@@ -96,7 +101,7 @@ class Classification(Task):
             GridError: unknown rule, a class the model does not have, or a target equal to an image's label.
         """
         labels = [int(t) for t in targets]
-        number = check_rule(rule, self.name, num_classes, _RULES)
+        number = self._number(rule, num_classes)
         if rule == "cafd":
             chosen = [1 if label == 3 else 3 for label in labels]
         elif rule == "next":
@@ -108,10 +113,6 @@ class Classification(Task):
             assert number is not None
             chosen = [number] * len(labels)
         for label, wrong in zip(labels, chosen, strict=True):
-            if not 0 <= wrong < num_classes:
-                raise GridError(
-                    f"target '{rule}': class {wrong} does not exist, the model has {num_classes} classes"
-                )
             if wrong == label:
                 raise GridError(
                     f"target '{rule}': an image has label {label} itself; use cafd, next or random, "
