@@ -56,6 +56,10 @@ class PixelLoss(Loss):
         """Loss of each image, (B,), from logits (B, K, H, W) and label maps (B, H, W)."""
         return over_labelled(self.pixels(logits, labels), labels)
 
+    def at(self, step: int, steps: int) -> PixelLoss:
+        """The loss at `step` (from 0) of `steps`; itself unless it has a schedule."""
+        return self
+
     @abstractmethod
     def pixels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each pixel, (B, H, W); what it says where `labels` is `IGNORE` is not used, but must be finite."""

@@ -168,8 +168,7 @@ class _Objective:
 
     def at(self, step: int, steps: int) -> _Objective:
         """Itself, with the loss of `step` (from 0) of `steps`."""
-        if isinstance(self.loss, SegPGDLoss):
-            self.loss = self.loss.at(step, steps)
+        self.loss = self.loss.at(step, steps)
         return self
 
     def take(self) -> Tensor:
