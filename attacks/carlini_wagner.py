@@ -65,11 +65,11 @@ class Adam:
         """The moments of some of the images."""
         return self[index.to(self.first.device)]
 
-    def step(self, grad: Tensor, number: int | Tensor, lr: float) -> Tensor:
+    def step(self, grad: Tensor, number: int | Tensor, lr: float, beta1: float = 0.9) -> Tensor:
         """The step for gradient `number` (from 1; (n, 1, 1, 1) where images differ); updates the moments."""
-        self.first.mul_(0.9).add_(grad, alpha=0.1)
+        self.first.mul_(beta1).add_(grad, alpha=1 - beta1)
         self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        return lr * (self.first / (1 - 0.9**number)) / ((self.second / (1 - 0.999**number)).sqrt() + 1e-8)
+        return lr * (self.first / (1 - beta1**number)) / ((self.second / (1 - 0.999**number)).sqrt() + 1e-8)
 
 
 @dataclass(frozen=True)
@@ -101,43 +101,50 @@ class CWL2(MinimalNorm):
     Args:
         steps: descents' number of steps (10000 in the paper).
         binary_search_steps: values of c tried for each image; from ten on, the last is the smallest that succeeded.
-        initial_c: the first of them.
+        initial_c: the first of them; None = for each image that of the problem made linear at the clean image,
+            2 (kappa - m) / ||grad m||^2 with its margin m.
         lr: learning rate of Adam.
         kappa: confidence, the margin by which the victim has to be wrong.
         abort_early: a descent ends for an image when a tenth of the steps, at least ten, has not lowered its loss by
-            0.01 %.
-        refined: how many of the last values of c are descended to the end; at the others an image is done as soon as
-            it succeeds, which is all that the search for c asks. None = all of them, as published.
+            0.01 %; has no say where `c_rate` is given.
         target: rule for a wrong target to reach; None = untargeted.
+        c_rate: c of an image falls by this share after each step at which the victim is wrong and rises by it after
+            any other, as a multiplier of the constraint that it be wrong. One descent so (`binary_search_steps: 1`)
+            comes as near as a search over several. None = c stays during a descent, as published.
+        final_lr: what `lr` falls to at the last step, on a cosine; None = it stays, as published.
+        beta1: Adam's decay of the mean gradient; c that moves wants less of a memory than the 0.9 of the paper.
     """
 
     version = 2
 
-    added: ClassVar[Mapping[str, Any]] = {"refined": None}
+    added: ClassVar[Mapping[str, Any]] = {"c_rate": None, "final_lr": None, "beta1": 0.9}
 
     def __init__(
         self,
         steps: Steps = 1000,
         binary_search_steps: Steps = 9,
-        initial_c: Positive = 1e-3,
+        initial_c: Positive | None = 1e-3,
         lr: Positive = 0.01,
         kappa: Confidence = 0.0,
         abort_early: bool = True,
-        refined: Annotated[int, Field(ge=1)] | None = None,
         target: str | None = None,
+        c_rate: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        final_lr: Positive | None = None,
+        beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9,
     ) -> None:
         self.steps, self.binary_search_steps = steps, binary_search_steps
         self.initial_c, self.lr, self.kappa = initial_c, lr, kappa
-        self.abort_early, self.refined, self.target = abort_early, refined, target
+        self.abort_early, self.target = abort_early, target
+        self.c_rate, self.final_lr, self.beta1 = c_rate, final_lr, beta1
 
     def passes(self) -> int:
-        return self.steps * self.binary_search_steps
+        return self.steps * self.binary_search_steps + (self.initial_c is None)
 
     def search(self, start: Working, rng: ImageRNG) -> Tensor:
         best = Closest(start.clean)
         lower = torch.zeros(len(start), dtype=torch.float64, device=start.clean.device)
         upper = torch.full_like(lower, float("inf"))
-        c = torch.full_like(lower, self.initial_c)
+        c = self._first_c(start).to(lower)
         for number in range(self.binary_search_steps):
             if number == self.binary_search_steps - 1 and number >= 9:
                 c = upper.clamp(max=1e10)
@@ -147,15 +154,30 @@ class CWL2(MinimalNorm):
                 break
             index = working.index
             found = torch.zeros_like(lower, dtype=torch.bool)
-            quick = self.refined is not None and number < self.binary_search_steps - self.refined
-            self._descend(working, c[index].to(start.clean.dtype), best, found, quick)
+            self._descend(working, c[index].to(start.clean.dtype), best, found)
             upper = torch.where(found, c, upper)
             lower = torch.where(found, lower, c)
             c = torch.where(upper.isinf(), c * 10, (lower + upper) / 2)
         return best.images
 
-    def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor, quick: bool) -> None:
-        """One descent at weights `c`, until success if `quick`; it is offered to `best` and marked in `found` (B,)."""
+    def _first_c(self, start: Working) -> Tensor:
+        """The first weight for each image, (B,)."""
+        if self.initial_c is not None:
+            return torch.full_like(start.clean[:, 0, 0, 0], self.initial_c)
+        seen = look(start.oracle, start.clean, start.labels, self.target is not None)
+        # Nothing moves without a gradient, whatever c is; at 1e10 the search ends.
+        return (
+            (2 * (self.kappa - seen.margin) / lengths(seen.grad).square()).nan_to_num(1.0).clamp(1e-10, 1e10)
+        )
+
+    def _lr(self, step: int) -> float:
+        if self.final_lr is None:
+            return self.lr
+        share = (1 + math.cos(math.pi * step / max(self.steps - 1, 1))) / 2
+        return self.final_lr + (self.lr - self.final_lr) * share
+
+    def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor) -> None:
+        """One descent from weights `c`; what succeeds is offered to `best` and marked in `found` (B,)."""
         w = to_tanh(start.clean)
         lowest = torch.full_like(c, float("inf"))
         work = _Descent(
@@ -181,11 +203,11 @@ class CWL2(MinimalNorm):
             # Of x' itself: the victim gives the gradient of the margin, the rest is known in closed form.
             push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
             grad = (2 * gap - per_image(push) * seen.grad) * (2 * images * (1 - images))
-            work.delta.sub_(work.adam.step(grad, step + 1, self.lr))
+            work.delta.sub_(work.adam.step(grad, step + 1, self._lr(step), self.beta1))
             going = best.distance[work.index] > 0
-            if quick:
-                going &= ~found[work.index]
-            if self.abort_early and step % every == 0:
+            if self.c_rate is not None:
+                work.c.mul_(torch.where(success, 1 - self.c_rate, 1 + self.c_rate))
+            elif self.abort_early and step % every == 0:
                 going &= work.lowest <= 0.9999 * work.lowest_before
                 work.lowest_before.copy_(work.lowest)
             work = keep(work, going)

@@ -128,24 +128,23 @@ def _ddn() -> list[Case]:
                 found[f"foolbox: {name}"] = ("DDNAttack", arguments)
         return found
 
-    plain = {"gamma": 0.08, "initial_norm": 0.4, "levels": None}
-    settling = {**plain, "gamma": 0.2, "final_gamma": 0.01}
+    newton = {"newton": True, "gamma": 0.7, "alpha": 3.0, "initial_norm": 0.4, "levels": None}
     return [
         Case("ddn, 100 steps", ("ddn", {"levels": None}), settings()),
         Case(
-            "ddn, 44 steps + 10 halvings",
-            ("ddn", {**plain, "steps": 44, "refine": 10}),
-            settings((54, 0.08), (44, 0.08)),
-        ),
-        Case(
-            "ddn, 20 steps of gamma 0.2 to 0.01 + 6 halvings",
-            ("ddn", {**settling, "steps": 20, "refine": 6}),
+            "ddn, 13 steps of Newton's",
+            ("ddn", {**newton, "steps": 13}),
             {
-                **settings((26, 0.2), (26, 0.08), (36, 0.08), (44, 0.08), (54, 0.08)),
+                **settings((26, 0.15), (26, 0.2), (28, 0.12), (30, 0.12), (32, 0.12), (36, 0.08)),
                 # Another algorithm for the same end.
                 "adv_lib: fmn, 26 steps": ("fmn", {"norm": 2, "steps": 26}),
                 "adv_lib: fmn, 50 steps": ("fmn", {"norm": 2, "steps": 50}),
             },
+        ),
+        Case(
+            "ddn, 20 steps of Newton's",
+            ("ddn", {**newton, "steps": 20}),
+            settings((40, 0.08), (44, 0.08), (54, 0.08), (54, 0.12), (75, 0.05)),
         ),
     ]
 
@@ -202,12 +201,27 @@ def _carlini_wagner() -> list[Case]:
     return [
         Case("cw_l2, 9 x 100", ("cw_l2", {"steps": 100}), settings(100, 9, 1e-3), images=CW_IMAGES),
         Case(
-            "cw_l2, 6 x 60 from c = 1, 3 refined",
-            ("cw_l2", {"steps": 60, "binary_search_steps": 6, "initial_c": 1.0, "refined": 3}),
-            {**settings(100, 9, 1e-3), **settings(60, 6, 1.0), **settings(60, 4, 1.0)},
+            "cw_l2, 6 x 60 from c = 1",
+            ("cw_l2", {"steps": 60, "binary_search_steps": 6, "initial_c": 1.0}),
+            settings(60, 6, 1.0),
             images=CW_IMAGES,
         ),
-    ]
+        Case(
+            "cw_l2, 40 steps with c moving",
+            ("cw_l2", {
+                "steps": 40, "binary_search_steps": 1, "initial_c": None, "c_rate": 0.1, "lr": 0.05, "final_lr": 0.003,
+                "beta1": 0.5,
+            }),
+            {
+                **settings(100, 9, 1e-3),
+                **settings(60, 6, 1.0),
+                **settings(60, 4, 1.0),
+                **settings(60, 3, 1.0),
+                **settings(40, 4, 1.0),
+            },
+            images=CW_IMAGES,
+        ),
+    ]  # fmt: skip
 
 
 def _stadv() -> list[Case]:
