@@ -1,11 +1,11 @@
-"""Detection data: the embedded scenes, and COCO and VOC folders as they are published.
+"""Detection data: the embedded scenes, and COCO and VOC folders as they are published, read by mmdet's own classes.
 
 COCO and VOC take `root`, the folder their files lie in or under; without it the environment variable `BENCH_DATA`
 says where data lie, else `./data`. Nothing is downloaded, and files are read on first use.
 
-The readers are this project's own rather than mmdet's classes: an item here is one image with its objects as annotated
-and no registry of transforms stands behind it, and what is wrong in a file gets one line that names the entry, where
-mmdet skips it or fails. Tests compare what is read with mmdet's classes.
+What is wrong in a file gets one line that names the entry, where mmdet would skip it or fail: files are validated here
+before mmdet's classes list images and parse annotations, and what those find becomes `Objects`. `_mmdet` says what they
+would leave out of published data and do not here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import reprlib
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -42,6 +45,9 @@ from bench.registry import DATASETS
 from bench.weights import sha256_file
 from tasks.detection.objects import Objects
 from tasks.files import data_root
+
+if TYPE_CHECKING:
+    from tasks.detection._mmdet import Box
 
 __all__ = ["Coco", "MiniScenes", "Voc"]
 
@@ -296,10 +302,37 @@ class _Files(Dataset):
 
     @functools.cached_property
     def _index(self) -> list[tuple[Path, Objects]]:
-        return self._read()
+        return [(Path(info["img_path"]), self._objects(info)) for info in self._infos()]
 
-    def _read(self) -> list[tuple[Path, Objects]]:
+    def _infos(self) -> Iterable[dict[str, Any]]:
+        """What mmdet's class says of each image."""
         raise NotImplementedError(f"{type(self).__name__} does not read annotations")
+
+    def _objects(self, info: dict[str, Any]) -> Objects:
+        """The objects of an image, all of which count."""
+        instances = info["instances"]
+        return Objects(
+            boxes=np.array([item["box"] for item in instances], dtype=np.float64).reshape(-1, 4),
+            labels=np.array([item["bbox_label"] for item in instances], dtype=np.int64),
+            size=(info["height"], info["width"]),
+            num_classes=len(self.classes),
+        )
+
+
+def _flags(info: dict[str, Any]) -> np.ndarray:
+    """(N,) bool: what mmdet ignores, COCO's crowds and VOC's difficult objects."""
+    return np.array([item["ignore_flag"] for item in info["instances"]], dtype=bool)
+
+
+def _readers() -> ModuleType:
+    """`_mmdet`, which imports mmdet."""
+    from tasks.mm import ops
+
+    ops.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tasks.detection import _mmdet
+    return _mmdet
 
 
 @DATASETS.register_module(name="coco")
@@ -333,7 +366,7 @@ class Coco(_Files):
     def _categories(self) -> list[_CocoCategory]:
         return sorted(self._content.categories, key=lambda category: category.id)
 
-    @property
+    @functools.cached_property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
         """Category names by rising id."""
         return [category.name for category in self._categories]
@@ -342,72 +375,86 @@ class Coco(_Files):
         """SHA-256 of the annotations, which name every image and its size."""
         return _digest(self._annotations)
 
-    def _read(self) -> list[tuple[Path, Objects]]:
+    def _infos(self) -> Iterable[dict[str, Any]]:
         base = self._annotations.parents[1]
         folder = _find(base, [self.split, f"images/{self.split}"], f"images of COCO {self.split}")
-        labels = {category.id: k for k, category in enumerate(self._categories)}
-        by_image: dict[int | str, list[tuple[int, _CocoObject]]] = {i.id: [] for i in self._content.images}
-        for number, item in enumerate(self._content.annotations):
-            for key, known in (("image_id", by_image), ("category_id", labels)):
-                if getattr(item, key) not in known:
-                    raise _wrong(
-                        self._annotations,
-                        f"annotations[{number}].{key}",
-                        f"{getattr(item, key)!r} is the id of no {key.removesuffix('_id')} in the file",
-                    )
-            by_image[item.image_id].append((number, item))
-        return [
-            (folder / image.file_name, self._objects(image, by_image[image.id], labels))
-            for image in self._content.images
-        ]
+        self._check_objects()
+        content = {
+            "images": [dict(image) for image in self._content.images],
+            # The place in the file is an id that every entry has and no two share; files may lack their own.
+            "annotations": [dict(item) | {"id": k} for k, item in enumerate(self._content.annotations)],
+            # mmdet labels in the order of the file, which for published files is this one.
+            "categories": [dict(category) for category in self._categories],
+        }
+        reader = _readers().CocoReader(
+            content,
+            ann_file=str(self._annotations),
+            data_prefix={"img": str(folder)},
+            metainfo={"classes": self.classes},
+        )
+        infos: list[dict[str, Any]] = reader.data_list
+        return infos
 
-    def _objects(
-        self, image: _CocoImage, items: Sequence[tuple[int, _CocoObject]], labels: Mapping[int, int]
-    ) -> Objects:
-        size = (image.height, image.width)
-        masks: list[dict[str, Any]] = []
-        for number, item in items:
-            key = "bbox"
+    def _check_objects(self) -> None:
+        """Refuse the first object of no image or category, or whose box or mask cannot be its image's."""
+        sizes = {image.id: (image.height, image.width) for image in self._content.images}
+        categories = {category.id for category in self._categories}
+        for number, item in enumerate(self._content.annotations):
+            key = "image_id"
             try:
-                _check_box(item.bbox, size)
+                if item.image_id not in sizes:
+                    raise ValueError(f"{item.image_id!r} is the id of no image in the file")
+                key = "category_id"
+                if item.category_id not in categories:
+                    raise ValueError(f"{item.category_id!r} is the id of no category in the file")
+                key = "bbox"
+                _check_box(item.bbox, sizes[item.image_id])
                 key = "segmentation"
                 if item.segmentation:
-                    masks.append(_run_lengths(item.segmentation, size))
+                    _check_mask(item.segmentation, sizes[item.image_id])
             except ValueError as error:
                 raise _wrong(self._annotations, f"annotations[{number}].{key}", str(error)) from None
-        return Objects(
-            boxes=np.array([item.bbox for _, item in items], dtype=np.float64).reshape(-1, 4),
-            labels=np.array([labels[item.category_id] for _, item in items], dtype=np.int64),
-            size=size,
-            num_classes=len(labels),
-            masks=tuple(masks) if len(masks) == len(items) else None,
-            crowd=np.array([item.iscrowd for _, item in items], dtype=bool),
+
+    def _objects(self, info: dict[str, Any]) -> Objects:
+        objects = super()._objects(info)
+        masks = [_run_lengths(item["mask"], objects.size) for item in info["instances"] if "mask" in item]
+        return replace(
+            objects, masks=tuple(masks) if len(masks) == len(objects) else None, crowd=_flags(info)
         )
 
 
-def _run_lengths(segmentation: _RunLengths | list[list[float]], size: tuple[int, int]) -> dict[str, Any]:
-    """The mask as pycocotools keeps it.
+def _polygons(segmentation: list[list[float]]) -> list[list[float]]:
+    """Those of three points or more, as mmdet does: pycocotools takes four numbers for a box."""
+    return [points for points in segmentation if len(points) >= 6 and len(points) % 2 == 0]
+
+
+def _check_mask(segmentation: _RunLengths | list[list[float]], size: tuple[int, int]) -> None:
+    """Refuse a mask that cannot be drawn in an image of `size` (H, W).
 
     Raises:
         ValueError: nothing to draw, or run lengths of another image size.
     """
+    if isinstance(segmentation, list):
+        if not _polygons(segmentation):
+            raise ValueError(
+                "no polygon has three points or more, expected [[x1, y1, x2, y2, x3, y3, ...], ...]"
+            )
+        return
+    # pycocotools checks neither, and reads memory that is not its own where run lengths fall short.
+    if segmentation.size != size:
+        raise ValueError(f"size is {list(segmentation.size)}, expected the image's {list(size)}")
+    if (total := sum(segmentation.counts)) != size[0] * size[1]:
+        raise ValueError(f"counts cover {total} pixels, expected the image's {size[0] * size[1]}")
+
+
+def _run_lengths(segmentation: _RunLengths | list[list[float]], size: tuple[int, int]) -> dict[str, Any]:
+    """The mask as pycocotools keeps it."""
     from pycocotools import mask as coco_mask
 
     encoded: dict[str, Any]
     if isinstance(segmentation, list):
-        # As mmdet does, polygons of less than three points are left out: pycocotools takes four numbers for a box.
-        polygons = [points for points in segmentation if len(points) >= 6 and len(points) % 2 == 0]
-        if not polygons:
-            raise ValueError(
-                "no polygon has three points or more, expected [[x1, y1, x2, y2, x3, y3, ...], ...]"
-            )
-        encoded = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+        encoded = coco_mask.merge(coco_mask.frPyObjects(_polygons(segmentation), *size))
     else:
-        # pycocotools checks neither, and reads memory that is not its own where run lengths fall short.
-        if segmentation.size != size:
-            raise ValueError(f"size is {list(segmentation.size)}, expected the image's {list(size)}")
-        if (total := sum(segmentation.counts)) != size[0] * size[1]:
-            raise ValueError(f"counts cover {total} pixels, expected the image's {size[0] * size[1]}")
         encoded = coco_mask.frPyObjects(segmentation.model_dump(), *size)
     return encoded
 
@@ -433,6 +480,7 @@ class Voc(_Files):
         classes: list[str] | None = None,
     ) -> None:
         self.root, self.split, self.year = data_root(root), split, year
+        self._list = f"ImageSets/Main/{split}.txt"
         self.classes = tuple(classes) if classes else VOC_CLASSES
 
     def _folder(self, year: str) -> Path:
@@ -440,39 +488,46 @@ class Voc(_Files):
         places = [name, f"VOCdevkit/{name}", f"voc/{name}", f"voc/VOCdevkit/{name}"]
         if year == self.year:
             places.insert(0, ".")
-        split = f"ImageSets/Main/{self.split}.txt"
-        return _find(self.root, [f"{place}/{split}" for place in places], f"{name} {self.split}").parents[2]
+        return _find(
+            self.root, [f"{place}/{self._list}" for place in places], f"{name} {self.split}"
+        ).parents[2]
 
     @functools.cached_property
-    def _names(self) -> list[tuple[Path, str]]:
-        """Folder of the year and name of every image."""
-        names = []
+    def _lists(self) -> list[tuple[Path, list[str]]]:
+        """Folder of each year and the images that its list names."""
+        lists = []
         for folder in map(self._folder, self.year.split("+")):
-            path = folder / "ImageSets" / "Main" / f"{self.split}.txt"
+            path = folder / self._list
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"list {path} cannot be read: {error}") from None
-            found = [(folder, line.split()[0]) for line in lines if line.strip()]
-            if not found:
+            names = [line.split()[0] for line in lines if line.strip()]
+            if not names:
                 raise DataError(f"list {path} names no images")
-            names += found
-        return names
+            lists.append((folder, names))
+        return lists
 
     def fingerprint(self) -> str:
         """SHA-256 over the annotations of the split, and the class names."""
         digest = hashlib.sha256(",".join(self.classes).encode())
-        for folder, name in self._names:
-            digest.update(f"\n{name} {_digest(folder / 'Annotations' / f'{name}.xml')}".encode())
+        for folder, names in self._lists:
+            for name in names:
+                digest.update(f"\n{name} {_digest(folder / 'Annotations' / f'{name}.xml')}".encode())
         return digest.hexdigest()
 
-    def _read(self) -> list[tuple[Path, Objects]]:
-        return [
-            (folder / "JPEGImages" / f"{name}.jpg", self._objects(folder / "Annotations" / f"{name}.xml"))
-            for folder, name in self._names
-        ]
+    def _infos(self) -> Iterable[dict[str, Any]]:
+        for folder, _ in self._lists:
+            reader = _readers().VocReader(
+                self._boxes,
+                ann_file=str(folder / self._list),
+                data_prefix={"sub_data_root": str(folder)},
+                metainfo={"classes": self.classes},
+            )
+            yield from reader.data_list
 
-    def _objects(self, path: Path) -> Objects:
+    def _boxes(self, path: Path) -> list[Box]:
+        """The boxes in `path`, of objects that mmdet's class will all find there."""
         try:
             tree = ElementTree.fromstring(path.read_bytes())  # noqa: S314 - expat expands no external entities
             content = _VocFile.model_validate(
@@ -485,7 +540,6 @@ class Voc(_Files):
             )
         except (OSError, ElementTree.ParseError, ValidationError) as error:
             raise _damaged(path, error) from None
-        size = (content.size.height, content.size.width)
         boxes = []
         for number, item in enumerate(content.objects):
             if item.name not in self.classes:
@@ -493,21 +547,19 @@ class Voc(_Files):
             bounds = item.bndbox
             box = (bounds.xmin - 1, bounds.ymin - 1, bounds.xmax - bounds.xmin, bounds.ymax - bounds.ymin)
             try:
-                _check_box(box, size)
+                _check_box(box, (content.size.height, content.size.width))
             except ValueError as error:
                 raise _wrong(path, f"object[{number}].bndbox", str(error)) from None
             boxes.append(box)
-        return Objects(
-            boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            labels=np.array([self.classes.index(item.name) for item in content.objects], dtype=np.int64),
-            size=size,
-            num_classes=len(self.classes),
-            ignore=np.array([item.difficult for item in content.objects], dtype=bool),
-        )
+        return boxes
+
+    def _objects(self, info: dict[str, Any]) -> Objects:
+        return replace(super()._objects(info), ignore=_flags(info))
 
 
 def _texts(node: ElementTree.Element | None) -> dict[str, Any]:
-    return {} if node is None else {child.tag: (child.text or "").strip() for child in node}
+    # The first of a tag, as mmdet takes it.
+    return {} if node is None else {child.tag: (child.text or "").strip() for child in reversed(node)}
 
 
 def _digest(path: Path) -> str:
