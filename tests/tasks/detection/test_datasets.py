@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import operator
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from bench.errors import DataError, PluginError
 from bench.registry import DATASETS
@@ -26,7 +32,9 @@ from tasks.mini.zoo_detection import CONTRAST
 from tasks.mm import ops
 
 ops.install()
-from mmdet.datasets import CocoDataset, XMLDataset  # noqa: E402 - needs the operators
+from mmdet.datasets import CocoDataset, VOCDataset  # noqa: E402 - needs the operators
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_mini_scenes() -> None:
@@ -94,34 +102,76 @@ def test_coco_layout_holds_the_scenes(coco_tree: Path) -> None:
         assert np.array_equal(ours.target.bitmaps(every), theirs.target.bitmaps(every))
 
 
-def test_coco_agrees_with_mmdets_reader(coco_tree: Path) -> None:
-    stock = CocoDataset(
-        data_root=str(coco_tree), ann_file="annotations/instances_test.json", data_prefix={"img": "images/test/"},
-        metainfo={"classes": data.CLASSES}, pipeline=[], test_mode=True,
-    )  # fmt: skip
+def test_coco_agrees_with_pycocotools(coco_tree: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        stock = COCO(str(coco_tree / "annotations" / "instances_test.json"))
     dataset = Coco(root=str(coco_tree), split="test")
-    for index in range(4):
-        info = stock.get_data_info(index)
-        sample = dataset[index]
-        assert [i["bbox_label"] for i in info["instances"]] == sample.target.labels.tolist()
-        assert np.allclose([i["bbox"] for i in info["instances"]], sample.target.corners())
-        assert Path(info["img_path"]).stem == sample.id
+    for sample, (number, image) in zip(dataset, stock.imgs.items(), strict=True):
+        items = stock.imgToAnns[number]
+        assert sample.id == Path(image["file_name"]).stem
+        assert [dataset.classes[k] for k in sample.target.labels] == [
+            stock.cats[item["category_id"]]["name"] for item in items
+        ]
+        assert sample.target.boxes.tolist() == [item["bbox"] for item in items]
+        masks = sample.target.bitmaps(np.ones(len(items), dtype=bool))
+        assert all(np.array_equal(m, stock.annToMask(item)) for m, item in zip(masks, items, strict=True))
 
 
-def test_voc_layout_and_mmdets_reader(voc_tree: Path) -> None:
+def test_voc_layout_holds_the_scenes_and_what_its_files_say(voc_tree: Path) -> None:
     dataset = Voc(root=str(voc_tree), split="test", classes=list(data.CLASSES))
-    stock = XMLDataset(
-        data_root=str(voc_tree), ann_file="ImageSets/Main/test.txt", data_prefix={"sub_data_root": ""},
-        metainfo={"classes": data.CLASSES}, pipeline=[], test_mode=True,
-    )  # fmt: skip
     scenes = MiniScenes(count=4, contrast=data.SCENE_CONTRAST)
-    for index in range(4):
-        sample, info = dataset[index], stock.get_data_info(index)
-        assert torch.equal(sample.image, scenes[index].image)
-        assert np.array_equal(sample.target.boxes, scenes[index].target.boxes)
+    for sample, scene in zip(dataset, scenes, strict=True):
+        assert torch.equal(sample.image, scene.image)
+        assert np.array_equal(sample.target.boxes, scene.target.boxes)
         assert sample.target.masks is None
-        assert np.allclose([i["bbox"] for i in info["instances"]], sample.target.corners())
-        assert [i["bbox_label"] for i in info["instances"]] == sample.target.labels.tolist()
+        text = (voc_tree / "Annotations" / f"{sample.id}.xml").read_text()
+        edges = [
+            [int(v) - 1 for v in re.findall(rf"<{k}>(\d+)<", text)] for k in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        assert sample.target.corners().T.tolist() == edges
+        assert [data.CLASSES[k] for k in sample.target.labels] == re.findall(r"<name>(\w+)<", text)
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc"])
+def test_mmdets_class_lists_and_parses(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    layout: str,
+) -> None:
+    """What mmdet's class says is what is read, without its prints."""
+    stock: Any = {"coco": CocoDataset, "voc": VOCDataset}[layout]
+    parse, asked = stock.parse_data_info, []
+
+    def reversed_labels(self: Any, *args: Any) -> Any:
+        info = parse(self, *args)
+        asked.append(Path(info["img_path"]).stem)
+        for item in info["instances"]:
+            item["bbox_label"] = len(data.CLASSES) - 1 - item["bbox_label"]
+        return info
+
+    root = str(request.getfixturevalue(f"{layout}_tree"))
+    arguments = {"root": root, "split": "test"} | ({"classes": list(data.CLASSES)} if layout == "voc" else {})
+    plain = [sample.target.labels for sample in DATASETS.create(layout, arguments)]
+    monkeypatch.setattr(stock, "parse_data_info", reversed_labels)
+    dataset = DATASETS.create(layout, arguments)
+    for sample, labels in zip(dataset, plain, strict=True):
+        assert sample.target.labels.tolist() == (len(data.CLASSES) - 1 - labels).tolist()
+    assert asked == dataset.ids()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_mmdet_is_not_imported_before_data_are_read(tmp_path: Path) -> None:
+    path = write_voc(tmp_path, objects="")
+    code = (
+        "import sys; from bench.registry import DATASETS; "
+        f"d = DATASETS.create('voc', {{'root': {str(path.parents[1])!r}}}); DATASETS.create('coco', {{}}); "
+        "d.fingerprint(); assert 'mmdet' not in sys.modules; "
+        "d.ids(); assert 'mmdet' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
 
 
 VOC_OBJECT = (
@@ -222,6 +272,35 @@ def test_voc_boxes_that_published_data_have(tmp_path: Path) -> None:
     target = DATASETS.create("voc", {"root": str(tmp_path)})[0].target
     assert np.allclose(target.boxes, [[0, 0, 29, 19], [0, 1, 10.70000076293945, 10], [0, 1, 0, 10]])
     assert not target.skipped().any()
+
+
+def test_voc_lists_and_names_as_tools_write_them(tmp_path: Path) -> None:
+    """Lists of one class have a second column, lists end in blank lines, and XML may be laid out over lines."""
+    part = "<part><name>head</name><bndbox><xmin>3</xmin></bndbox></part>"
+    path = write_voc(
+        tmp_path,
+        objects=voc_object(name="\n  dog\n", difficult=" 1 ", xmin="1.25", xmax="11.7")
+        + voc_object(name="cat").replace("<name>", f"{part}<name>"),
+    )
+    (path.parents[1] / "ImageSets" / "Main" / "test.txt").write_text("\n 000001  -1\n000001 1\n\n")
+    dataset = Voc(root=str(tmp_path))
+    assert dataset.ids() == ["000001"] * 2 and len(dataset) == 2
+    for sample in dataset:
+        assert sample.target.boxes.tolist() == [[0.25, 1, 11.7 - 1.25, 10], [0, 1, 10, 10]]
+        assert [dataset.classes[k] for k in sample.target.labels] == ["dog", "cat"]
+        assert sample.target.skipped().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("objects", "size", "value"),
+    [(voc_object(difficult="yes"), VOC_SIZE, "yes"), ("", VOC_SIZE.replace("30", "30.0"), "30.0")],
+)
+def test_voc_numbers_that_mmdet_cannot_read(tmp_path: Path, objects: str, size: str, value: str) -> None:
+    path = write_voc(tmp_path, objects=objects, size=size)
+    with pytest.raises(DataError) as error:
+        Voc(root=str(tmp_path)).ids()
+    said = f"annotations {path} cannot be read: invalid literal for int() with base 10: '{value}'"
+    assert str(error.value) == said
 
 
 def coco_content() -> dict[str, Any]:
@@ -368,6 +447,23 @@ def test_coco_entries_that_published_data_have(tmp_path: Path) -> None:
     assert kept.tolist() == [True, True, False, True, True]
     assert np.allclose([item["bbox"] for item in stock], first.corners()[kept])
     assert [item["ignore_flag"] for item in stock] == first.skipped()[kept].tolist()
+
+
+def test_coco_keeps_what_mmdet_leaves_out_or_cannot_read(tmp_path: Path) -> None:
+    """Objects without area or marked `ignore`, which COCO's evaluation counts; no ids, or shared; numbers as text."""
+    content = coco_content()
+    content["images"][1]["id"] = "9"
+    content["annotations"] += [
+        {"image_id": 7, "category_id": 1, "bbox": [0.1, 0.2, 0.3, 0.7]},
+        {"image_id": "9", "category_id": 90, "bbox": [30, 20, 0, 0], "id": 1, "area": 0, "iscrowd": "0"},
+        {"image_id": 7, "category_id": "90", "bbox": ["1", 2, 3, 4], "id": 1, "area": 12, "ignore": 1},
+    ]
+    write_coco(tmp_path, content)
+    first, second = (sample.target for sample in Coco(root=str(tmp_path)))
+    assert first.boxes.tolist() == [[2, 3, 10, 8], [0, 0, 30, 20], [0.1, 0.2, 0.3, 0.7], [1, 2, 3, 4]]
+    assert first.labels.tolist() == [1, 0, 0, 1] and first.skipped().tolist() == [False, True, False, False]
+    assert second.boxes.tolist() == [[30, 20, 0, 0]] and second.labels.tolist() == [1]
+    assert not second.skipped().any()
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc"])
