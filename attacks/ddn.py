@@ -124,7 +124,7 @@ class DDN(MinimalNorm):
         return length + torch.maximum(torch.minimum(change, most), -most)
 
     def _score(self, labels: Tensor) -> Score:
-        """The cross-entropy; for Newton's steps the log-odds, whose gradient goes the same way at the margin's scale."""
+        """The cross-entropy; for Newton's steps the log-odds: the same direction, with a slope like the margin's."""
         sign = 1.0 if self.target is None else -1.0
         if not self.newton:
             return lambda logits: sign * F.cross_entropy(logits, labels, reduction="none")
