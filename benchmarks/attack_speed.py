@@ -30,7 +30,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,12 @@ def _budgets() -> list[Case]:
                 "di_fgsm, 10 steps", "dim, 10 steps", "ti_fgsm, 10 steps", "apgd on ce, 10 steps",
                 "apgd on ce, l2, 10 steps",
             )
+        ),
+        # torchattacks hands the victim images of their own size, where the paper enlarges them.
+        *(
+            replace(case, label=f"{name}, 10 steps, native canvas", ours=(name, {**case.ours[1], "canvas": "native"}))
+            for name in ("di_fgsm", "dim")
+            for case in [named[f"{name}, 10 steps"]]
         ),
     ]  # fmt: skip
 
