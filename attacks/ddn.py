@@ -98,7 +98,7 @@ class DDN(MinimalNorm):
             if not self.newton:
                 radius = work.radius * torch.where(success, 1 - self.gamma, 1 + self.gamma)
             elif step > 0:
-                radius = self._boundary(seen, work.delta, length)
+                radius = self._boundary(seen, work, length)
             else:
                 radius = work.radius
             radius = torch.minimum(radius, work.longest)
@@ -112,15 +112,17 @@ class DDN(MinimalNorm):
             self._refine(work, best)
         return best.images
 
-    def _boundary(self, seen: Look, delta: Tensor, length: Tensor) -> Tensor:
-        """Norms (n,) at which perturbations `delta` of lengths `length` should end at the decision boundary."""
+    def _boundary(self, seen: Look, work: _Moving, length: Tensor) -> Tensor:
+        """Norms (n,) at which the perturbations, now of lengths `length`, should end at the decision boundary."""
         steepest = lengths(seen.grad)
-        slope = (seen.grad * delta).flatten(1).sum(1) / length.clamp(min=1e-12)
+        along = (seen.grad.double() * work.delta.double()).flatten(1).sum(1).to(length.dtype)
         # A perturbation that hardly follows the gradient says little of where the boundary is.
-        change = -seen.margin / torch.maximum(slope, 0.3 * steepest).clamp(min=1e-12)
+        slope = torch.maximum(along / length.clamp(min=1e-12), 0.3 * steepest).clamp(min=1e-12)
+        change = -seen.margin / slope
         # From without, the boundary is only reached by a step beyond it.
         change = torch.where(seen.margin > 0, change, change + BEYOND * length)
-        most = self.gamma * length
+        # Rounding to grey levels may have left nothing of a perturbation.
+        most = self.gamma * torch.maximum(length, work.radius)
         return length + torch.maximum(torch.minimum(change, most), -most)
 
     def _score(self, labels: Tensor) -> Score:
