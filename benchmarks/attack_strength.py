@@ -301,10 +301,42 @@ def _nearest() -> list[Case]:
         "max_iter": 15, "binary_search_steps": 2, "initial_const": 1.0, "learning_rate": 0.02, "max_halving": 1,
         "max_doubling": 1,
     }  # fmt: skip
+    searches = {
+        "foolbox": (
+            "L2CarliniWagnerAttack",
+            {
+                "steps": 15,
+                "binary_search_steps": 2,
+                "initial_const": 1.0,
+                "stepsize": 0.02,
+                "abort_early": False,
+            },
+        ),
+        "adv_lib": (
+            "carlini_wagner_l2",
+            {
+                "max_iterations": 15,
+                "binary_search_steps": 2,
+                "initial_const": 1.0,
+                "learning_rate": 0.02,
+                "abort_early": False,
+            },
+        ),
+        "art": ("CarliniL2Method", line_search),
+    }
     return [
         Case(
             "ddn, 20 steps",
             ("ddn", {"steps": 20, "levels": None}),
+            {
+                "foolbox": ("DDNAttack", {"steps": 20}),
+                "adv_lib": ("ddn", {"steps": 20, "levels": None}),
+            },
+        ),
+        # Not the algorithm of the libraries, for the same number of passes.
+        Case(
+            "ddn, 20 steps of Newton's",
+            ("ddn", {"steps": 20, "levels": None, "newton": True, "gamma": 0.7, "alpha": 3.0}),
             {
                 "foolbox": ("DDNAttack", {"steps": 20}),
                 "adv_lib": ("ddn", {"steps": 20, "levels": None}),
@@ -335,32 +367,23 @@ def _nearest() -> list[Case]:
             None,
             INF,
         ),
+        Case("cw_l2, 2 x 15 steps", ("cw_l2", cw), searches),
+        # Not the algorithm of the libraries; 31 passes against 30, and ART's 570.
         Case(
-            "cw_l2, 2 x 15 steps",
-            ("cw_l2", cw),
-            {
-                "foolbox": (
-                    "L2CarliniWagnerAttack",
-                    {
-                        "steps": 15,
-                        "binary_search_steps": 2,
-                        "initial_const": 1.0,
-                        "stepsize": 0.02,
-                        "abort_early": False,
-                    },
-                ),
-                "adv_lib": (
-                    "carlini_wagner_l2",
-                    {
-                        "max_iterations": 15,
-                        "binary_search_steps": 2,
-                        "initial_const": 1.0,
-                        "learning_rate": 0.02,
-                        "abort_early": False,
-                    },
-                ),
-                "art": ("CarliniL2Method", line_search),
-            },
+            "cw_l2, 30 steps with c moving",
+            (
+                "cw_l2",
+                {
+                    "steps": 30,
+                    "binary_search_steps": 1,
+                    "initial_c": None,
+                    "c_rate": 0.1,
+                    "lr": 0.05,
+                    "final_lr": 0.003,
+                    "beta1": 0.5,
+                },
+            ),
+            searches,
         ),
         # A step of ART's line search takes 5 forward and 19 backward passes: ours makes 100 of each here, ART 155 and
         # 570.
