@@ -35,6 +35,10 @@ PATIENCE = 10
 """Fewest steps from one such check to the next: Adam's momentum carries a loss uphill for about as long."""
 
 
+WITHIN = 1.02
+"""Up to this factor a largest change counts as no larger than tau, where tau moves at every step."""
+
+
 def to_tanh(images: Tensor) -> Tensor:
     """Numbers w with (tanh(w) + 1) / 2 = images, nearly (eq. 7 of the paper)."""
     # In double precision: atanh of a float differs in its last bits by the place of a pixel in memory.
@@ -44,6 +48,13 @@ def to_tanh(images: Tensor) -> Tensor:
 def from_tanh(w: Tensor) -> Tensor:
     """Images in [0,1], exactly."""
     return (w.tanh() + 1) / 2
+
+
+def falling(first: float, last: float | None, step: int, steps: int) -> float:
+    """`first` at step 0, `last` at the last of `steps`, on a cosine; `first` throughout where there is no `last`."""
+    if last is None:
+        return first
+    return last + (first - last) * (1 + math.cos(math.pi * step / max(steps - 1, 1))) / 2
 
 
 @dataclass(frozen=True)
@@ -170,12 +181,6 @@ class CWL2(MinimalNorm):
             (2 * (self.kappa - seen.margin) / lengths(seen.grad).square()).nan_to_num(1.0).clamp(1e-10, 1e10)
         )
 
-    def _lr(self, step: int) -> float:
-        if self.final_lr is None:
-            return self.lr
-        share = (1 + math.cos(math.pi * step / max(self.steps - 1, 1))) / 2
-        return self.final_lr + (self.lr - self.final_lr) * share
-
     def _descend(self, start: Working, c: Tensor, best: Closest, found: Tensor) -> None:
         """One descent from weights `c`; what succeeds is offered to `best` and marked in `found` (B,)."""
         w = to_tanh(start.clean)
@@ -203,7 +208,8 @@ class CWL2(MinimalNorm):
             # Of x' itself: the victim gives the gradient of the margin, the rest is known in closed form.
             push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
             grad = (2 * gap - per_image(push) * seen.grad) * (2 * images * (1 - images))
-            work.delta.sub_(work.adam.step(grad, step + 1, self._lr(step), self.beta1))
+            lr = falling(self.lr, self.final_lr, step, self.steps)
+            work.delta.sub_(work.adam.step(grad, step + 1, lr, self.beta1))
             going = best.distance[work.index] > 0
             if self.c_rate is not None:
                 work.c.mul_(torch.where(success, 1 - self.c_rate, 1 + self.c_rate))
@@ -245,29 +251,45 @@ class CWLinf(MinimalNorm):
     The nearest adversarial image on the way is returned. Images proceed at their own pace.
 
     Args:
-        steps: steps at one value of c.
+        steps: steps at one value of c; of the one descent in all where `c_rate` is given.
         lr: learning rate of Adam.
-        initial_c: first value of c.
+        initial_c: first value of c; None = 0.5 / mean |grad m| for each image, m its margin, at which a pixel's share
+            of the margin weighs half of what its place beyond tau costs.
         largest_c: an image whose c reaches this is done.
         shrink: what tau is multiplied by after a success.
         smallest_tau: an image whose tau falls to this is done.
         kappa: confidence, the margin by which the victim has to be wrong.
         target: rule for a wrong target to reach; None = untargeted.
+        c_rate: tau and c move during a single descent. Where the victim is wrong with no pixel beyond tau, tau shrinks;
+            where only a pixel is beyond it, c falls by this share; where the victim is right, c rises by it and tau by
+            1 - shrink. As near with a fraction of the steps. None = as published.
+        final_lr: what `lr` falls to at the last step of that descent, on a cosine; None = it stays.
+        beta1: Adam's decay of the mean gradient; c that moves wants less of a memory than the 0.9 of the paper.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"c_rate": None, "final_lr": None, "beta1": 0.9}
 
     def __init__(
         self,
         steps: Steps = 1000,
         lr: Positive = 5e-3,
-        initial_c: Positive = 1e-5,
+        initial_c: Positive | None = 1e-5,
         largest_c: Positive = 20.0,
         shrink: Annotated[float, Field(gt=0, lt=1)] = 0.9,
         smallest_tau: Pixels = Fraction(1, 256),
         kappa: Confidence = 0.0,
         target: str | None = None,
+        c_rate: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        final_lr: Positive | None = None,
+        beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9,
     ) -> None:
-        if largest_c <= initial_c:
+        if initial_c is None and c_rate is None:
+            raise ValueError("initial_c: None needs c_rate: the published search doubles c from a small one")
+        if initial_c is not None and largest_c <= initial_c:
             raise ValueError(f"largest_c: {largest_c} must be larger than initial_c = {initial_c}")
+        if final_lr is not None and c_rate is None:
+            raise ValueError("final_lr needs c_rate: the published search has no last step to fall to")
+        self.c_rate, self.final_lr, self.beta1 = c_rate, final_lr, beta1
         self.steps, self.lr, self.kappa = steps, lr, kappa
         self.initial_c, self.largest_c = initial_c, largest_c
         self.shrink, self.smallest_tau = shrink, float(smallest_tau)
@@ -275,9 +297,23 @@ class CWLinf(MinimalNorm):
 
     def passes(self) -> int:
         """At most: every c in full, then as many descents as tau can shrink."""
+        return self._most() + (self.initial_c is None)
+
+    def _most(self) -> int:
+        if self.c_rate is not None or self.initial_c is None:
+            return self.steps
         doublings = math.ceil(math.log2(self.largest_c / self.initial_c))
         taus = math.ceil(math.log(self.smallest_tau) / math.log(self.shrink))
         return self.steps * (doublings + taus)
+
+    def _first_c(self, start: Working) -> Tensor:
+        """The first weight for each image, (B,)."""
+        if self.initial_c is not None:
+            return torch.full_like(start.clean[:, 0, 0, 0], self.initial_c)
+        seen = look(start.oracle, start.clean, start.labels, self.target is not None)
+        steepness = seen.grad.flatten(1).double().abs().mean(1).to(seen.margin.dtype)
+        # Nothing moves without a gradient, whatever c is; below the largest the search begins at all.
+        return (0.5 / steepness).clamp(max=self.largest_c / 2)
 
     def search(self, start: Working, rng: ImageRNG) -> Tensor:
         best = Closest(start.clean)
@@ -285,9 +321,9 @@ class CWLinf(MinimalNorm):
         ones, count = torch.ones_like(w[:, 0, 0, 0]), torch.zeros_like(start.labels)
         work = _Shrinking(
             start.oracle, start.index, start.clean, start.labels, from_tanh(w), w, torch.zeros_like(w),
-            ones, ones * self.initial_c, count, count.clone(), Adam.like(w),
+            ones, self._first_c(start), count, count.clone(), Adam.like(w),
         )  # fmt: skip
-        for step in range(self.passes()):
+        for step in range(self._most()):
             images = from_tanh(work.w + work.delta)
             seen = look(work.oracle, images, work.labels, self.target is not None)
             success = seen.margin > self.kappa
@@ -295,6 +331,8 @@ class CWLinf(MinimalNorm):
                 best.offer(work.index, work.clean, torch.zeros_like(work.c), success)
             change = (images - work.clean).flatten(1).abs().amax(1)
             best.offer(work.index, images, change, success)
+            if self.c_rate is not None:
+                work = self._move(work, change, success)
             gap = images - work.origin
             excess = (gap.abs() - per_image(work.tau)).clamp(min=0)
             short = (self.kappa - seen.margin).clamp(min=0)
@@ -303,9 +341,12 @@ class CWLinf(MinimalNorm):
             push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
             slope = torch.where(excess > 0, gap.sign(), torch.zeros_like(gap)) - per_image(push) * seen.grad
             number = work.number + 1
-            work.delta.sub_(work.adam.step(slope * (2 * images * (1 - images)), per_image(number), self.lr))
+            lr = falling(self.lr, self.final_lr, step, self.steps)
+            slope *= 2 * images * (1 - images)
+            work.delta.sub_(work.adam.step(slope, per_image(number), lr, self.beta1))
             work = replace(work, number=number, step=work.step + 1)
-            work = self._next(work, images, change, solved)
+            if self.c_rate is None:
+                work = self._next(work, images, change, solved)
             work = keep(
                 work,
                 (best.distance[work.index] > 0) & (work.c < self.largest_c) & (work.tau > self.smallest_tau),
@@ -313,6 +354,17 @@ class CWLinf(MinimalNorm):
             if not len(work):
                 break
         return best.images
+
+    def _move(self, work: _Shrinking, change: Tensor, success: Tensor) -> _Shrinking:
+        """The next tau and c, of images whose largest `change` is (n,)."""
+        rate = self.c_rate or 0.0
+        within = change <= WITHIN * work.tau
+        shrunk = torch.minimum(work.tau, change) * self.shrink
+        tau = torch.where(
+            success & within, shrunk, torch.where(success, work.tau, work.tau * (2 - self.shrink))
+        )
+        factor = torch.where(success, torch.where(within, 1.0, 1 - rate), 1 + rate)
+        return replace(work, tau=tau, c=work.c * factor)
 
     def _next(self, work: _Shrinking, images: Tensor, change: Tensor, solved: Tensor) -> _Shrinking:
         """Smaller tau and a new descent where `solved`; larger c where the steps are used up."""

@@ -11,7 +11,7 @@ hits both. Attacks that take little time are repeated more.
 Where an attack looks for the nearest adversarial image, every library takes part with its defaults and with our
 hyper-parameters, as far as it has them. A library counts as `as near` with a setting if that fools as many images and
 neither the median nor the mean length of its perturbations is more than 1 % above ours; the second table says how we
-stand against the fastest of those. Attacks with an eps all run with the same settings, and what counts is that they
+stand against the fastest of those, or where there is none against the one that comes nearest. Attacks with an eps all run with the same settings, and what counts is that they
 fool as many images, less one in twenty: their random starts differ.
 
 `floor` is what the passes that our attack made would cost without an attack around them: as many forward and backward
@@ -204,6 +204,13 @@ def _carlini_wagner() -> list[Case]:
             ),
         }
 
+    linf: dict[str, tuple[str, dict[str, Any]]] = {
+        f"adv_lib: {steps} steps at a c": (
+            "carlini_wagner_linf",
+            {"max_iterations": steps, "learning_rate": 0.01, "initial_const": 1.0},
+        )
+        for steps in (10, 15, 20, 30)
+    }
     return [
         Case("cw_l2, 9 x 100", ("cw_l2", {"steps": 100}), settings(100, 9, 1e-3), images=CW_IMAGES),
         Case(
@@ -227,19 +234,15 @@ def _carlini_wagner() -> list[Case]:
             },
             images=CW_IMAGES,
         ),
-        Case(
-            "cw_linf, 20 steps at a c",
-            ("cw_linf", {"steps": 20, "lr": 0.01, "initial_c": 1.0}),
-            {
-                "adv_lib: 20 steps at a c": (
-                    "carlini_wagner_linf", {"max_iterations": 20, "learning_rate": 0.01, "initial_const": 1.0}
-                ),
-                "adv_lib: 10 steps at a c": (
-                    "carlini_wagner_linf", {"max_iterations": 10, "learning_rate": 0.01, "initial_const": 1.0}
-                ),
-            },
-            None,
-            INF,
+        *(
+            Case(label, ("cw_linf", params), linf, None, INF)
+            for label, params in (
+                ("cw_linf, 20 steps at a c", {"steps": 20, "lr": 0.01, "initial_c": 1.0}),
+                ("cw_linf, 40 steps with c moving", {
+                    "steps": 40, "initial_c": None, "c_rate": 0.1, "lr": 0.02, "final_lr": 0.001, "beta1": 0.5,
+                    "shrink": 0.95,
+                }),
+            )
         ),
     ]  # fmt: skip
 
@@ -384,16 +387,19 @@ def cells(case: Case, count: int, seen: Mapping[str, Times]) -> list[tuple[str, 
 
 
 def verdict(case: Case, seen: Mapping[str, Times]) -> tuple[str, ...]:
-    """Ours against the fastest library that is as near, as `VERDICT` has it."""
-    against = {
-        name: ratio(seen["ours"], times)
-        for name, times in seen.items()
-        if name not in ("ours", "floor") and as_near(case, seen["ours"], times)
-    }
-    if not against:
+    """Ours against the fastest library that is as near, or the nearest of all where none is, as `VERDICT` has it."""
+    ours = seen["ours"]
+    others = {name: times for name, times in seen.items() if name not in ("ours", "floor")}
+    against = {name: ratio(ours, times) for name, times in others.items() if as_near(case, ours, times)}
+    if against:
+        name = shown = max(against, key=lambda name: against[name])
+    elif others:
+        name = min(others, key=lambda name: (-others[name].success, others[name].mean))
+        shown = f"none; nearest {name}"
+    else:
         return (case.label, "none", "", "")
-    name = max(against, key=lambda name: against[name])
-    return (case.label, name, f"{against[name]:.2f}", "yes" if against[name] <= 0.5 else "no")
+    times = ratio(ours, others[name])
+    return (case.label, shown, f"{times:.2f}", "yes" if times <= 0.5 else "no")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

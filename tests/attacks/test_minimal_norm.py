@@ -16,6 +16,7 @@ from bench.threat import ModelOracle, Victim
 # Options that are not in the papers: see the attacks' docstrings.
 NEWTON = {"newton": True, "gamma": 0.7, "alpha": 3}
 MOVING = {"binary_search_steps": 1, "initial_c": None, "c_rate": 0.1, "final_lr": 0.003, "beta1": 0.5}
+SHRINKING = {"initial_c": None, "c_rate": 0.1, "lr": 0.02, "final_lr": 0.001, "beta1": 0.5, "shrink": 0.95}
 
 ATTACKS_AND_PARAMS = [
     ("cw_l2", {"steps": 12, "binary_search_steps": 3, "initial_c": 1, "lr": 0.1}),
@@ -36,6 +37,7 @@ ATTACKS_AND_PARAMS = [
     ),
     ("cw_l2", {"steps": 4, "binary_search_steps": 11, "lr": 0.1, "kappa": 1, "abort_early": False}),
     ("cw_linf", {"steps": 10, "lr": 0.05, "initial_c": 0.1, "largest_c": 10, "smallest_tau": "1/50"}),
+    ("cw_linf", {"steps": 20, "lr": 0.05, "c_rate": 0.1, "initial_c": None, "final_lr": 0.01, "beta1": 0.5}),
     ("cw_pgd", {"steps": 4}),
     ("ddn", {"steps": 10}),
     ("ddn", {"steps": 6, "levels": None, "gamma": 0.3, "refine": 4}),
@@ -100,6 +102,7 @@ def affine(lab):
         ("deepfool_linf", {"overshoot": 0.001}, 1, 0.01),
         ("deepfool_linf", {"overshoot": 0.001, "later": 2}, 1, 0.01),
         ("cw_linf", {"steps": 100, "initial_c": 0.01, "lr": 2e-3}, 1, 0.12),
+        ("cw_linf", {**SHRINKING, "steps": 150}, 1, 0.12),
     ],
 )
 def test_distance_to_a_linear_boundary(lab, affine, name, params, order, slack):
@@ -321,6 +324,7 @@ def test_gradients_for_unfooled_images_alone_find_the_same(lab, name, candidates
 @pytest.mark.parametrize(
     ("name", "published", "quick", "share"),
     [
+        ("cw_linf", {"steps": 20, "lr": 0.01, "initial_c": 1}, {"steps": 40, **SHRINKING}, 0.4),
         (
             "ddn",
             {"steps": 36, "gamma": 0.08, "initial_norm": 0.4},
@@ -348,7 +352,8 @@ def test_as_near_with_fewer_passes(name, published, quick, share):
         oracle = ModelOracle(Victim((trained,)), attack, rng.fork("oracle"))
         out = attack.run(oracle, images, labels, rng.fork("attack"))
         assert (trained.logits(out).argmax(1) != torch.tensor(labels)).all()
-        lengths.append(float((out - images).flatten(1).norm(dim=1).mean()))
+        order = float("inf") if name == "cw_linf" else 2
+        lengths.append(float((out - images).flatten(1).norm(order, dim=1).mean()))
         passes.append(sum(trace.backwards for trace in oracle.traces))
     assert lengths[1] <= lengths[0]
     assert passes[1] <= share * passes[0]
@@ -356,7 +361,8 @@ def test_as_near_with_fewer_passes(name, published, quick, share):
 
 def test_options_that_are_not_in_the_papers_leave_the_published_attacks_as_they_are():
     assert not {"alpha", "newton"} & set(ATTACKS.create("ddn", {}).identity()["params"])
-    assert not {"c_rate", "final_lr", "beta1"} & set(ATTACKS.create("cw_l2", {}).identity()["params"])
+    for name in ("cw_l2", "cw_linf"):
+        assert not {"c_rate", "final_lr", "beta1"} & set(ATTACKS.create(name, {}).identity()["params"])
 
 
 def test_the_first_weight_is_that_of_the_linear_problem(lab, affine):
@@ -416,6 +422,8 @@ def test_a_flat_victim_gets_its_clean_images_back(lab):
         ("cw_l2", {"initial_c": 0}, "initial_c"),
         ("cw_l2", {"final_lr": 0}, "final_lr"),
         ("cw_l2", {"beta1": 1}, "beta1"),
+        ("cw_linf", {"initial_c": None}, "initial_c: None needs c_rate"),
+        ("cw_linf", {"final_lr": 1e-3}, "final_lr needs c_rate"),
         ("deepfool", {"candidates": 4, "later": 5}, "later: 5 must be at most candidates = 4"),
         ("deepfool_linf", {"later": 1}, "later"),
         ("ddn", {"levels": 1}, "levels"),
