@@ -136,7 +136,8 @@ class Learned(Defense):
     def purified(self, images: Tensor) -> Tensor:
         """The network's output for one group of images, [0,1] to about [0,1]."""
         network = self._network()
-        return network((images - self.mean) / self.std) * self.std + self.mean
+        out: Tensor = network((images - self.mean) / self.std) * self.std + self.mean
+        return out
 
     def group(self, device: torch.device) -> int:
         """Images per call of the network."""
@@ -168,7 +169,7 @@ class Learned(Defense):
                 training,
             )
         params = {k: v for k, v in self.params.items() if k not in _CHOICE}
-        placed = DEFENSES.create(self.name, {**params, "weights": str(path)})
+        placed: Defense = DEFENSES.create(self.name, {**params, "weights": str(path)})
         placed.eval().requires_grad_(False)
         return placed
 

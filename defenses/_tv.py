@@ -39,7 +39,10 @@ def chambolle(images: Tensor, weight: float, tolerance: float, max_iter: int) ->
         tolerance: a channel stops when its cost changes by less than this fraction of the initial cost.
         max_iter: most iterations.
     """
-    return _Chambolle.apply(images, weight, tolerance, max_iter)
+    out: Tensor = _Chambolle.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+        images, weight, tolerance, max_iter
+    )
+    return out
 
 
 class _Chambolle(torch.autograd.Function):
@@ -216,7 +219,10 @@ def bregman(images: Tensor, mu: float, tolerance: float, max_iter: int) -> Tenso
             this.
         max_iter: most sweeps.
     """
-    return _Bregman.apply(images, mu, tolerance, max_iter)
+    out: Tensor = _Bregman.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+        images, mu, tolerance, max_iter
+    )
+    return out
 
 
 class _State:
@@ -463,22 +469,24 @@ def masked_bregman(
     given = keep * mu / (mu + near * lam) * f
 
     def iterate(
-        u: Tensor, ex: Tensor, ey: Tensor, bx: Tensor, by: Tensor, data: Tensor
+        data: Tensor, u: Tensor, ex: Tensor, ey: Tensor, bx: Tensor, by: Tensor
     ) -> tuple[Tensor, ...]:
         flow = -ex - ey + _shift(ex, -1, 0) + _shift(ey, -1, -1)
-        u = _FillIn.apply(u, share, data + share * flow, sweeps)
+        u = _FillIn.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+            u, share, data + share * flow, sweeps
+        )
         tx = (_shift(u, 1, 0) - u) * has_right + bx
         ty = (_shift(u, 1, 1) - u) * has_below + by
         q = 1 / (_safe_sqrt(tx * tx + ty * ty) * lam + 1)
         return u, tx * (1 - 2 * q), ty * (1 - 2 * q), tx * q, ty * q
 
-    state = (f, *(torch.zeros_like(f) for _ in range(4)))
+    state: tuple[Tensor, ...] = (f, *(torch.zeros_like(f) for _ in range(4)))
     active = torch.ones(batch, dtype=torch.bool, device=images.device)
     for _ in range(max_iter):
         if torch.is_grad_enabled() and images.requires_grad:
-            new = checkpoint(iterate, *state, given, use_reentrant=False, preserve_rng_state=False)
+            new = checkpoint(iterate, given, *state, use_reentrant=False, preserve_rng_state=False)
         else:
-            new = iterate(*state, given)
+            new = iterate(given, *state)
         change = (
             ((new[0] - state[0]).detach() ** 2).sum((0, 1), dtype=torch.float64).view(batch, channels).sum(1)
         )

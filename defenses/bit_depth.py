@@ -47,4 +47,5 @@ class BitDepth(Defense):
     def forward(self, images: Tensor) -> Tensor:
         """Quantised images in [0,1], same shape."""
         scaled = images.detach().clamp(0, 1) * self.levels
-        return (scaled.floor() if self.rule == "ares" else scaled.round()) / self.levels
+        out: Tensor = (scaled.floor() if self.rule == "ares" else scaled.round()) / self.levels
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from bench.errors import NotApplicable
 from bench.protocols import ImageRNG
 from bench.registry import DEFENSES
 from defenses._learned import Learned
+from defenses.networks.wgan import WGANGenerator
 from tasks.microbatch import micro_batches
 
 
@@ -73,14 +74,16 @@ class DefenseGAN(Learned):
                 f"the generator of defense '{self.name}' makes images of {made}, not {given} (see resize)"
             )
 
-    def forward(self, images: Tensor, rng: ImageRNG) -> Tensor:
+    def forward(  # type: ignore[override]  # what is `stochastic` is given rng, see `Defense`
+        self, images: Tensor, rng: ImageRNG
+    ) -> Tensor:
         """The nearest generated images, (B, 3, H, W), without gradient; `rng` gives the restarts.
 
         Raises:
             NotApplicable: the generator makes images of another size.
             WeightsError: there are no weights.
         """
-        latent = int(self._network().latent)
+        latent = self._generator().latent
         size = (int(images.shape[-2]), int(images.shape[-1]))
         self.check_input(size)
         starts = rng.normal((self.R, latent), images.device).to(images.dtype) / math.sqrt(latent)
@@ -90,7 +93,11 @@ class DefenseGAN(Learned):
 
     @property
     def _size(self) -> tuple[int, int]:
-        return self._network().size
+        return self._generator().size
+
+    def _generator(self) -> WGANGenerator:
+        """The network: the only kind that `networks` names."""
+        return cast("WGANGenerator", self._network())
 
     def _search(self, together: Tensor, size: tuple[int, int]) -> Tensor:
         """The nearest images, from rows of pixels and restarts: (B, 3 H W + R latent) to (B, 3, H, W), in [0,1]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from bench.protocols import ImageRNG
 from bench.registry import DEFENSES
 from bench.weights import sha256_file
 from defenses._learned import Learned
-from defenses.networks.diffusion import diffused, load_diffusers
+from defenses.networks.diffusion import NoisePredictor, diffused, load_diffusers
 from tasks.microbatch import micro_batches
 
 
@@ -71,14 +71,14 @@ class DiffPure(Learned):
         surrogate_steps: Annotated[int, Field(ge=1)] | None = None,
         **choice: Any,
     ) -> None:
-        folder = weights is not None and weights.expanduser().is_dir()
-        super().__init__(None if folder else weights, **choice)
-        if folder:
+        folder = weights.expanduser() if weights is not None and weights.expanduser().is_dir() else None
+        super().__init__(weights if folder is None else None, **choice)
+        if folder is not None:
             if self._choice != (self.kind, None, 0):
                 raise PluginError(
                     f"defense '{self.kind}': weights names a folder; recipe, trained_for and train_seed do not apply"
                 )
-            self.network, files = load_diffusers(weights.expanduser())
+            self.network, files = load_diffusers(folder)
             digests = "".join(sha256_file(file) for file in files)
             self.sha256 = hashlib.sha256(digests.encode()).hexdigest()
         self.t_star, self.sampler, self.steps = t_star, sampler, steps
@@ -94,7 +94,7 @@ class DiffPure(Learned):
             ValueError: there are fewer than `steps`, or the network was not trained for t*.
             WeightsError: there are no weights.
         """
-        network = self._network()
+        network = self._predictor()
         count = len(network.alpha_bar)
         last = max(round(self.t_star * count), 1)
         if last > network.known:
@@ -108,7 +108,9 @@ class DiffPure(Learned):
             )
         return [(i + 1) * last // steps - 1 for i in reversed(range(steps))]
 
-    def forward(self, images: Tensor, rng: ImageRNG) -> Tensor:
+    def forward(  # type: ignore[override]  # what is `stochastic` is given rng, see `Defense`
+        self, images: Tensor, rng: ImageRNG
+    ) -> Tensor:
         """Purified images, (B, 3, H, W) in [0,1] to about [0,1]; `rng` gives the noise.
 
         Raises:
@@ -120,8 +122,12 @@ class DiffPure(Learned):
         """What BPDA differentiates: the chain of `surrogate_steps`, or the identity."""
         return images if self.surrogate_steps is None else self._chain(images, rng, self.surrogate_steps)
 
+    def _predictor(self) -> NoisePredictor:
+        """The network by what is asked of it, which `nn.Module` does not say."""
+        return cast("NoisePredictor", self._network())
+
     def _chain(self, images: Tensor, rng: ImageRNG, steps: int | None) -> Tensor:
-        alpha_bar = self._network().alpha_bar
+        alpha_bar = self._predictor().alpha_bar
         times = self.timesteps(steps)
 
         def noise() -> Tensor:
@@ -145,7 +151,7 @@ class DiffPure(Learned):
         Song et al. (2021), equation 12: the estimate of x_0 is diffused again with the predicted noise, of which a
         part is replaced by `fresh` noise; with the variance below that is DDPM's posterior, without it is DDIM.
         """
-        network = self._network()
+        network = self._predictor()
         when = torch.full((self.group(x.device),), time, device=x.device)
         noise = micro_batches(lambda group: network(group, when), x, len(when))
         now = float(network.alpha_bar[time])
@@ -154,6 +160,8 @@ class DiffPure(Learned):
             image = image.clamp(-1, 1)
             noise = (x - now**0.5 * image) / (1 - now) ** 0.5
         if fresh is None:
-            return later**0.5 * image + (1 - later) ** 0.5 * noise
-        variance = (1 - later) / (1 - now) * (1 - now / later)
-        return later**0.5 * image + (1 - later - variance) ** 0.5 * noise + variance**0.5 * fresh
+            out: Tensor = later**0.5 * image + (1 - later) ** 0.5 * noise
+        else:
+            variance = (1 - later) / (1 - now) * (1 - now / later)
+            out = later**0.5 * image + (1 - later - variance) ** 0.5 * noise + variance**0.5 * fresh
+        return out

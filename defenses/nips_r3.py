@@ -217,4 +217,5 @@ def _mirrored(index: np.ndarray, length: int) -> np.ndarray:
         return np.zeros_like(index)
     period = 2 * (length - 1)
     index = np.abs(index) % period
-    return np.minimum(index, period - index)
+    folded: np.ndarray = np.minimum(index, period - index)
+    return folded

@@ -77,4 +77,5 @@ class APEDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1); the probability that an image is clean is their sigmoid."""
-        return self.body(images)
+        logits: Tensor = self.body(images)
+        return logits

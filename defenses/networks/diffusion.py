@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,15 @@ def diffused(images: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     """
     alpha_bar = alpha_bar.reshape(-1, 1, 1, 1)
     return alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
+
+
+class NoisePredictor(Protocol):
+    """What a sampler asks of a network: the attributes of `DDPMUNet`, and the noise."""
+
+    alpha_bar: Tensor
+    known: int
+
+    def __call__(self, images: Tensor, steps: Tensor) -> Tensor: ...
 
 
 class DDPMUNet(nn.Module):
@@ -135,8 +144,9 @@ class DDPMUNet(nn.Module):
                 channels = width * multiplier
             if level:
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
-        self.last = nn.Sequential(_norm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
-        _zero(self.last[-1])
+        out = nn.Conv2d(channels, 3, 3, padding=1)
+        _zero(out)
+        self.last = nn.Sequential(_norm(channels), nn.SiLU(), out)
 
     def forward(self, images: Tensor, steps: Tensor) -> Tensor:
         """Noise (B, 3, H, W) in `images` (B, 3, H, W), [-1,1] plus the noise of `steps` (B,), counted from 0."""
@@ -147,15 +157,16 @@ class DDPMUNet(nn.Module):
         x = self.first(x)
         kept = [x]
         for module in self.down:
-            x = module(x) if isinstance(module, nn.Conv2d) else module[1](module[0](x, time))
+            x = module[1](module[0](x, time)) if isinstance(module, nn.ModuleList) else module(x)
             kept.append(x)
         x = self.middle[2](self.middle[1](self.middle[0](x, time)), time)
         for module in self.up:
-            if isinstance(module, nn.Conv2d):
-                x = module(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            else:
+            if isinstance(module, nn.ModuleList):
                 x = module[1](module[0](torch.cat([x, kept.pop()], 1), time))
-        return self.last(x)
+            else:
+                x = module(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        noise: Tensor = self.last(x)
+        return noise
 
 
 class DiffusersUNet(nn.Module):
@@ -171,7 +182,8 @@ class DiffusersUNet(nn.Module):
         self.unet = unet
         self.alpha_bar = alpha_bar
         self.known = len(alpha_bar)
-        self.stride = 2 ** (len(unet.config["block_out_channels"]) - 1)
+        config = cast("Mapping[str, Any]", unet.config)
+        self.stride = 2 ** (len(config["block_out_channels"]) - 1)
 
     def forward(self, images: Tensor, steps: Tensor) -> Tensor:
         """As `DDPMUNet`."""
@@ -264,7 +276,8 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        out: Tensor = self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return out
 
 
 class _Attention(nn.Module):
@@ -278,8 +291,9 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in self.qkv(self.norm(x)).flatten(2).chunk(3, 1))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        seen = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return out
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -289,8 +303,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _zero(layer: nn.Conv2d) -> None:
     """A residual block starts as the identity, the whole network at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _sinusoids(steps: Tensor, width: int) -> Tensor:

@@ -47,8 +47,8 @@ class DISCONet(nn.Module):
         self.tail = nn.Sequential(*tail, nn.Conv2d(hidden, 3, 1))
         # Both are columns of one linear layer with 9 width + 4 inputs.
         bound = 1 / math.sqrt(9 * width + 4)
-        for weight in (self.local.weight, self.local.bias, self.place.weight):
-            nn.init.uniform_(weight, -bound, bound)
+        for parameter in (*self.local.parameters(), *self.place.parameters()):
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """(B, 3, H, W) to the same, or to (B, 3, *size), not clamped."""
@@ -61,7 +61,8 @@ class DISCONet(nn.Module):
             x = x[:, :, rows.to(x.device)][:, :, :, columns.to(x.device)]
         else:
             where = where[:1, :1]  # the same for every pixel
-        return self.tail(x + self.place(where.to(x)).permute(2, 0, 1))
+        out: Tensor = self.tail(x + self.place(where.to(x)).permute(2, 0, 1))
+        return out
 
 
 def local_coordinates(inside: Sequence[int], outside: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) to the same."""
-        return x + self.res_scale * self.body(x)
+        out: Tensor = x + self.res_scale * self.body(x)
+        return out
 
 
 class EDSR(nn.Module):
@@ -43,4 +44,5 @@ class EDSR(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 3, 2 H, 2 W)."""
         x = self.head((images - self.mean) * 255)
-        return self.tail(self.body(x) + x) / 255 + self.mean
+        out: Tensor = self.tail(self.body(x) + x) / 255 + self.mean
+        return out

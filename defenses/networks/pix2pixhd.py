@@ -21,7 +21,8 @@ class _Residual(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_block(x)
+        out: Tensor = x + self.conv_block(x)
+        return out
 
 
 class GlobalGenerator(nn.Module):

@@ -23,7 +23,8 @@ class _DenseBlock(nn.Module):
         seen = [x]
         for i in range(1, 5):
             seen.append(F.leaky_relu(self.get_submodule(f"conv{i}")(torch.cat(seen, 1)), 0.2))
-        return x + 0.2 * self.get_submodule("conv5")(torch.cat(seen, 1))
+        out: Tensor = x + 0.2 * self.get_submodule("conv5")(torch.cat(seen, 1))
+        return out
 
 
 class _RRDB(nn.Module):
@@ -34,7 +35,8 @@ class _RRDB(nn.Module):
         self.RDB3 = _DenseBlock(width, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.2 * self.RDB3(self.RDB2(self.RDB1(x)))
+        out: Tensor = x + 0.2 * self.RDB3(self.RDB2(self.RDB1(x)))
+        return out
 
 
 class RRDBPurifier(nn.Module):
@@ -56,7 +58,8 @@ class RRDBPurifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0,1] to the same, not clamped."""
-        return self.trunk_conv(self.RRDB_trunk(self.conv_first(images)))
+        out: Tensor = self.trunk_conv(self.RRDB_trunk(self.conv_first(images)))
+        return out
 
 
 class _Residual(nn.Module):
@@ -71,7 +74,8 @@ class _Residual(nn.Module):
             conv.bias.data.zero_()  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
+        out: Tensor = x + self.conv2(F.relu(self.conv1(x)))
+        return out
 
 
 class ResG(nn.Module):
@@ -90,4 +94,5 @@ class ResG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0,1] to the same, not clamped."""
-        return self.conv_last(self.recon_trunk(F.leaky_relu(self.conv_first(images), 0.1)))
+        out: Tensor = self.conv_last(self.recon_trunk(F.leaky_relu(self.conv_first(images), 0.1)))
+        return out

@@ -75,7 +75,8 @@ class DUNET(nn.Module):
             x = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
             x = block(torch.cat([x, lateral], 1) if self.laterals else x)
         x = self.last(x)
-        return images + x if self.residual else x
+        out: Tensor = images + x if self.residual else x
+        return out
 
 
 class DAE(DUNET):
@@ -128,4 +129,5 @@ class UNet(nn.Module):
         for block, lateral in zip(self.decoder, maps[-2::-1], strict=True):
             x = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
             x = block(torch.cat([x, lateral], 1))
-        return self.last(x)
+        out: Tensor = self.last(x)
+        return out

@@ -41,7 +41,8 @@ class VGGDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1): larger means more like a clean image."""
-        return self.head(self.body(images))
+        logits: Tensor = self.head(self.body(images))
+        return logits
 
 
 class CAFDDiscriminator(VGGDiscriminator):

@@ -43,7 +43,8 @@ class WGANGenerator(nn.Module):
         x = self.input(latents).unflatten(1, self.first)
         for stage in self.stages:
             x = stage(F.relu(x))
-        return x[..., : self.size[0], : self.size[1]].tanh()
+        out: Tensor = x[..., : self.size[0], : self.size[1]].tanh()
+        return out
 
 
 class WGANCritic(nn.Module):
@@ -68,7 +69,8 @@ class WGANCritic(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (B, 1), larger for real images, of any range."""
-        return self.body(images)
+        scores: Tensor = self.body(images)
+        return scores
 
 
 def init_wgan(module: nn.Module) -> None:
@@ -78,7 +80,7 @@ def init_wgan(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             inputs, outputs = (
-                channels * math.prod(layer.kernel_size)
+                float(channels * math.prod(layer.kernel_size))
                 for channels in (layer.in_channels, layer.out_channels)
             )
             stride = math.prod(layer.stride)
@@ -90,4 +92,5 @@ def init_wgan(module: nn.Module) -> None:
             nn.init.uniform_(layer.weight, -bound, bound)
         else:
             continue
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

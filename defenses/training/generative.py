@@ -121,7 +121,8 @@ def _generated(step: Step, name: str) -> Tensor:
             "set network_args.size"
         )
     latents = torch.randn(len(step.clean), network.latent, generator=_stream(step, name))
-    return network(latents.to(step.clean.device))
+    images: Tensor = network(latents.to(step.clean.device))
+    return images
 
 
 def _uniform(step: Step, name: str, shape: Sequence[int]) -> Tensor:

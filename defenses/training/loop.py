@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench.errors import BenchError, DataError, PluginError, WeightsError
@@ -127,9 +128,7 @@ class Loop:
         self._trained, self._kept = dict(trained), dict(kept or {})
         self.optimizers = {name: self._optimizer(module) for name, module in self._trained.items()}
         # float16 gradients underflow without it; disabled it does nothing.
-        self.scalers = {
-            name: torch.amp.GradScaler(enabled=self.precision == "float16") for name in self.optimizers
-        }
+        self.scalers = {name: GradScaler(enabled=self.precision == "float16") for name in self.optimizers}
         if self.state_file is not None and self.state_file.exists():
             self._resume(self.state_file)
 
@@ -456,7 +455,7 @@ class Trainer(Loop):
         return self._descend("critic", self.critic, terms)
 
     def _purify(self, images: Tensor) -> Tensor:
-        purified = self.network(self._inner(images)) * self.std + self.mean
+        purified: Tensor = self.network(self._inner(images)) * self.std + self.mean
         return purified if not self.recipe.clamp else purified + (purified.clamp(0, 1) - purified).detach()
 
     def _inner(self, images: Tensor) -> Tensor:
