@@ -116,9 +116,7 @@ def _numbers(depth: int) -> list[int]:
 
 
 def _convolution(weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    made: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d, weight.shape[1], weight.shape[0], 3, padding=1
-    )
+    made: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, weight.shape[1], weight.shape[0], 3, padding=1)
     with torch.no_grad():
         made.weight.copy_(weight)
         made.bias = nn.Parameter(bias)

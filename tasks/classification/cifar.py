@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Cifar(ModelSource):
         size: images of other sizes are resized to this many pixels a side, inside the gradient; None = never.
     """
 
-    task: ClassVar[str] = "classification"
+    task = "classification"
 
     def __init__(
         self,

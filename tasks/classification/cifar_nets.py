@@ -79,7 +79,8 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised images to ``(B, num_classes)`` logits."""
-        return self.fc(self.features(x).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.features(x).mean(dim=(2, 3)))
+        return logits
 
 
 class BasicBlock(nn.Module):
@@ -103,7 +104,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        out: Tensor = self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return out
 
 
 class Bottleneck(nn.Module):
@@ -130,7 +132,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
-        return self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+        out: Tensor = self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+        return out
 
 
 #: Kind and number of the blocks in each stage of a ResNet (table 1).
@@ -186,7 +189,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised images to ``(B, num_classes)`` logits."""
         x = self.stages(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(x.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
 
 
 class WideBlock(nn.Module):
@@ -209,7 +213,8 @@ class WideBlock(nn.Module):
         y = self.conv1(active)
         y = self.conv2(self.dropout(self.relu(self.bn2(y))))
         # As in the paper's code, a projection starts from the activated input and an identity from the raw one.
-        return y + (x if self.shortcut is None else self.shortcut(active))
+        out: Tensor = y + (x if self.shortcut is None else self.shortcut(active))
+        return out
 
 
 class WideResNet(nn.Module):
@@ -249,7 +254,8 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised images to ``(B, num_classes)`` logits."""
         x = self.relu(self.bn1(self.stages(self.conv1(x))))
-        return self.fc(x.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -305,7 +311,7 @@ def build(arch: str, num_classes: int = 10) -> nn.Module:
 
 def smallest_input(network: nn.Module) -> int:
     """Pixels a side that the network needs: each pooling of a VGG halves them."""
-    return 2 ** sum(isinstance(m, nn.MaxPool2d) for m in network.modules())
+    return 1 << sum(isinstance(m, nn.MaxPool2d) for m in network.modules())
 
 
 __all__ = [

@@ -212,7 +212,7 @@ class FashionMnist(Published):
     def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
         from torchvision.datasets import FashionMNIST
 
-        class Split(FashionMNIST):
+        class Split(FashionMNIST):  # type: ignore[misc]  # torchvision has no types
             """Asks for the files of the wanted split only."""
 
             def _check_exists(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -44,7 +44,7 @@ class EfficientNetLite(ModelSource):
         resize: resize and crop images; false takes the dataset's images as they are.
     """
 
-    task: ClassVar[str] = "classification"
+    task = "classification"
 
     def __init__(
         self, id: Literal["lite0", "lite1", "lite2"], weights: str | None = None, resize: bool = True
@@ -102,7 +102,7 @@ class EfficientNetLite(ModelSource):
 def _fused(network: nn.Module) -> nn.Module:
     """The frozen network with each normalisation inside the convolution before it: a third faster on a CPU."""
     network.eval()
-    for module in (network, *network._blocks):
+    for module in (network, *network.get_submodule("_blocks").children()):
         for convolution, norm in _PAIRS:
             if hasattr(module, convolution) and hasattr(module, norm):
                 fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))

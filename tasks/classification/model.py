@@ -222,5 +222,6 @@ class LogitsClassifier(TargetModel):
         if self.fixed_size is not None and tuple(x.shape[-2:]) != self.fixed_size:
             x = F.interpolate(x, size=self.fixed_size, mode="bilinear", align_corners=False)
         if self.mean is not None:
+            assert self.std is not None  # they go together
             x = (x - self.mean) / self.std
         return micro_batches(network, x, self.micro_batch or default_size(x.device))

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -35,7 +35,7 @@ __all__ = ["RobustBench", "Timm", "Torchvision"]
 class _Zoo(ModelSource):
     """A network of a library's model zoo with weights from files."""
 
-    task: ClassVar[str] = "classification"
+    task = "classification"
     id: str
     weights: str | None
     origin: str | None = None
@@ -201,7 +201,8 @@ class RobustBench(_Zoo):
         from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
         network, _ = self._build()
-        config = (network.model if isinstance(network, nn.Sequential) else network).default_cfg
+        inner = network.get_submodule("model") if isinstance(network, nn.Sequential) else network
+        config = cast("Mapping[str, Any]", inner.default_cfg)
         size = int(config["input_size"][1])
         larger = math.floor(size / config["crop_pct"])
         return _from_transforms(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from tasks.detection.objects import THRESHOLDS, Detections, Objects, match
 from tasks.targets import check_rule, check_wrong, wrong_classes
 
 __all__ = ["BoxMAP", "BoxMAP50", "Detection", "MaskMAP", "MaskMAP50"]
+
+#: What is drawn: detections, or ground truth.
+_Found = TypeVar("_Found", Detections, Objects)
 
 #: Recall levels 0:.01:1, as pycocotools computes them.
 _RECALLS: np.ndarray = np.linspace(0.0, 1.00, int(np.round((1.00 - 0.0) / 0.01)) + 1, endpoint=True)
@@ -56,7 +59,8 @@ class Detection(Task):
         import matplotlib
         from matplotlib.patches import Rectangle
 
-        shown, palette = _shown(prediction), matplotlib.colormaps["tab10"]
+        shown: Detections | Objects = _shown(prediction)
+        palette = matplotlib.colormaps["tab10"]
         boxes = shown.boxes.cpu().numpy() if isinstance(shown, Detections) else shown.corners()
         masks = (
             shown.masks.cpu().numpy() if isinstance(shown, Detections) and shown.masks is not None else None
@@ -107,8 +111,10 @@ class Detection(Task):
         return tuple(wanted)
 
 
-def _shown(prediction: Detections | Objects) -> Detections | Objects:
-    return prediction.above(0.3) if isinstance(prediction, Detections) else prediction
+def _shown(prediction: _Found) -> _Found:
+    if isinstance(prediction, Detections):
+        return prediction.above(0.3)
+    return prediction
 
 
 def _names(shown: Detections | Objects, classes: Sequence[str]) -> list[str]:

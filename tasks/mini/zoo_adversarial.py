@@ -8,7 +8,7 @@ recorded in the running ones) or ``running``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Opponent:
         finally:
             self.network.train()
 
-    def _hardest(self, found: Sequence[Tensor], batch: Batch) -> Tensor:
+    def _hardest(self, found: list[Tensor], batch: Batch) -> Tensor:
         with torch.no_grad():
             losses = torch.stack([self.target.loss(images, batch.targets, "total") for images in found])
         return torch.stack(found)[losses.argmax(0), torch.arange(len(batch))]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @MODELS.register_module()
-class SegNetBasic(BaseModule):
+class SegNetBasic(BaseModule):  # type: ignore[misc]  # mmengine has no types
     """Encoder and decoder of SegNet-Basic (Badrinarayanan et al. 2017, section 4.1; Badrinarayanan et al. 2015).
 
     Four times convolution, batch normalisation, ReLU and 2x2 max-pooling, then four times unpooling, convolution and
@@ -53,7 +53,7 @@ class SegNetBasic(BaseModule):
             pooled.append((indices, size))
         for decoder in self.decoders:
             indices, size = pooled.pop()
-            x = decoder(F.max_unpool2d(x, indices, 2, output_size=size))
+            x = decoder(F.max_unpool2d(x, indices, (2, 2), output_size=size))
         return (x,)
 
 
@@ -68,6 +68,7 @@ class BalancedCrossEntropy(nn.Module):
     """
 
     loss_name = "loss_ce"
+    class_weight: Tensor
 
     def __init__(self, class_weight: Sequence[float]) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ class Segmenter(OpenMMLabModel):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Segmenter:
         # The data preprocessor notes its device in its own `to`, which moving a module around it does not call.
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.network.data_preprocessor.to(next(self.network.parameters()).device)
         return self
 
