@@ -11,8 +11,9 @@ hits both. Attacks that take little time are repeated more.
 Where an attack looks for the nearest adversarial image, every library takes part with its defaults and with our
 hyper-parameters, as far as it has them. A library counts as `as near` with a setting if that fools as many images and
 neither the median nor the mean length of its perturbations is more than 1 % above ours; the second table says how we
-stand against the fastest of those, or where there is none against the one that comes nearest. Attacks with an eps all run with the same settings, and what counts is that they
-fool as many images, less one in twenty: their random starts differ.
+stand against the fastest of those, or where there is none against the one that comes nearest. Attacks with an eps all
+run with the same settings, and what counts is that they fool as many images, less one in twenty: their random starts
+differ.
 
 `floor` is what the passes that our attack made would cost without an attack around them: as many forward and backward
 passes of the whole batch. Passes are counted at the network, per image. Beside every time stands what it bought: the
