@@ -42,7 +42,7 @@ from bench.executors import Event, Job, create_executor
 from bench.keys import content_key
 from bench.memory import keep_freed
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
-from bench.protocols import Batch, ImageRNG, PixelMetric, Sample, TargetModel
+from bench.protocols import Batch, Defense, ImageRNG, PixelMetric, Sample, TargetModel
 from bench.registry import METRICS
 from bench.store import Record, Store
 from bench.threat import ModelOracle, Victim
@@ -109,7 +109,8 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
                 known = crafts.setdefault(cell.craft.key, [])
                 known.extend(i for i in craft_missing if i not in set(known))
                 after = (cell.craft.key,)
-        cost = _seconds(store, cell.target, float(cell.repeats)) * len(missing)
+        pace = _measured(store, _paces(cell.target, cell.defense, "evaluate"), cell.target.task)
+        cost = pace * cell.repeats * len(missing)
         if (known_job := cells.get(cell.key)) is not None:
             cost, after = max(cost, known_job.cost), known_job.after or after
         cells[cell.key] = Job("cell", cell.key, _group(cell.target), cost, after)
@@ -117,7 +118,7 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
     jobs: list[Job] = []
     for key, ids in crafts.items():
         craft = by_key[key]
-        cost = 3 * _seconds(store, craft.target, craft.cost()) * len(ids)
+        cost = 3 * _measured(store, _craft_paces(craft), craft.target.task) * craft.cost() * len(ids)
         jobs.append(Job("craft", key, _group(craft.target), cost))
     order = {role: i for i, role in enumerate(plan.targets)}
     jobs.extend(cells.values())
@@ -201,25 +202,35 @@ def _group(target: Target) -> str:
 _DEFAULT_SECONDS = {"classification": 0.003, "segmentation": 0.06, "detection": 0.1}
 
 
-def _seconds(store: Store, target: Target, passes: float) -> float:
-    return _measured(store, target) * passes
+def _paces(target: Target, defense: Defense | None, use: str) -> tuple[str, ...]:
+    """Under what names the store knows seconds per image and pass: of this defense in this use, of the bare model.
+
+    Defenses differ by a factor of a thousand, and so does one of them by whether gradients go through it.
+    """
+    bare = _group(target)
+    return (bare,) if defense is None else (f"{bare} behind {defense.name}, {use}", bare)
 
 
-def _measured(store: Store, target: Target) -> float:
+def _craft_paces(craft: Craft) -> tuple[str, ...]:
+    return _paces(craft.target, None if craft.mode == "none" else craft.defense, craft.mode)
+
+
+def _measured(store: Store, paces: Sequence[str], task: str) -> float:
     path = store.root / "timings.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
-    return float(known.get(_group(target), _DEFAULT_SECONDS.get(target.task, 0.05)))
+    measured = (float(known[pace]) for pace in paces if pace in known)
+    return next(measured, _DEFAULT_SECONDS.get(task, 0.05))
 
 
-def _learn_timing(store: Store, target: Target, seconds_per_pass: float) -> None:
-    """Keep the pace of a model for later estimates; losing an update is harmless."""
+def _learn_timing(store: Store, paces: Sequence[str], seconds_per_pass: float) -> None:
+    """Keep a pace, under the first of its names, for later estimates; losing an update is harmless."""
     path = store.root / "timings.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known[_group(target)] = round(seconds_per_pass, 6)
+        known[paces[0]] = round(seconds_per_pass, 6)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
         temporary.replace(path)
@@ -338,7 +349,7 @@ def run_craft(
 
         for_each_batch(craft.target, prepare, missing, batch_size, device, attack)
         if passes:
-            _learn_timing(store, craft.target, (time.perf_counter() - started) / passes)
+            _learn_timing(store, _craft_paces(craft), (time.perf_counter() - started) / passes)
 
 
 def craft_batch(craft: Craft, victim: Victim, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -393,8 +404,10 @@ def run_cell(
         intact = digest(defense)
         blamed = f"defense '{cell.defense_label}'"
 
+        spent = 0.0
+
         def evaluate(batch: Batch) -> None:
-            nonlocal done
+            nonlocal done, spent
             first = done == len(ids) - len(missing)
             if first:
                 verify_model(store, cell.target, model, batch)
@@ -409,7 +422,9 @@ def run_cell(
             if first:
                 check_frozen(model, _DIGESTS[id(model)], f"model '{cell.target.model.name}'", blamed)
                 check_frozen(defense, intact, blamed, "the evaluation")
-            seconds = (time.perf_counter() - begun) / len(batch)
+            took = time.perf_counter() - begun
+            spent += took
+            seconds = took / len(batch)
             made = {"seconds": round(seconds, 6), "environment": environment_text()}
             record.write_rows(
                 [
@@ -421,6 +436,8 @@ def run_cell(
             report(done, len(ids))
 
         for_each_batch(cell.target, model, missing, batch_size, device, evaluate)
+        paces = _paces(cell.target, cell.defense, "evaluate")
+        _learn_timing(store, paces, spent / (len(missing) * cell.repeats))
 
 
 def in_format(images: Tensor, image_format: str) -> Tensor:

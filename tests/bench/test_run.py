@@ -197,6 +197,44 @@ def test_damage_is_named_and_recomputed(bench: Run, grid: Path, reference: dict[
     assert files(grid.parent / "out") == reference
 
 
+SLOW = """
+import time
+from bench.protocols import Defense
+from bench.registry import DEFENSES
+
+@DEFENSES.register_module(name="slow")
+class Slow(Defense):
+    gradient = "exact"
+
+    def forward(self, images, *args):
+        time.sleep(0.02 * len(images))
+        return images * 0.999
+"""
+
+
+def test_a_slow_defense_makes_no_other_cell_look_slow(bench: Run, grid: Path) -> None:
+    """What is to come is estimated by the pace of each defense, in each use, once it has been seen."""
+    (grid.parent / "slow.py").write_text(SLOW)
+    block = {
+        "roles": ["classification"], "defenses": ["slow", "none"], "attacks": ["fgsm"],
+        "threats": ["oblivious", "white_box"],
+    }  # fmt: skip
+    more = {"plugins": [*GRID["plugins"], str(grid.parent / "slow.py")], "blocks": [block]}
+    grid.write_text(yaml.safe_dump({**GRID, **more}))
+    run(bench, grid, "--limit", "4", "--workers", "1")
+    plan = make_plan(Options(grid, limit=4, seed=1))
+    jobs = pending(plan, Store(grid.parent / "store"))[0]
+    costs: dict[tuple[str, bool], float] = {}
+    for cell in plan.cells:
+        for key, kind in ((cell.key, "cell"), (cell.craft.key if cell.craft else "", "craft")):
+            for job in jobs:
+                if (job.key, job.kind) == (key, kind):
+                    behind = cell.defense_label == "slow" and (kind == "cell" or cell.level == "white_box")
+                    costs[kind, behind] = max(costs.get((kind, behind), 0.0), job.cost)
+    for kind in ("cell", "craft"):
+        assert costs[kind, True] > 4 * 0.02 > 2 * costs[kind, False]
+
+
 def test_overwrite_recomputes(bench: Run, grid: Path) -> None:
     run(bench, grid)
     code, _, err = bench("run", "--grid", str(grid), "--store", "store", "--out", "out", "--overwrite")
