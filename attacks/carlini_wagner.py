@@ -255,7 +255,7 @@ class CWLinf(MinimalNorm):
         lr: learning rate of Adam.
         initial_c: first value of c; None = 0.5 / mean |grad m| for each image, m its margin, at which a pixel's share
             of the margin weighs half of what its place beyond tau costs.
-        largest_c: an image whose c reaches this is done.
+        largest_c: an image whose c reaches this is done; has no say where `c_rate` is given.
         shrink: what tau is multiplied by after a success.
         smallest_tau: an image whose tau falls to this is done.
         kappa: confidence, the margin by which the victim has to be wrong.
@@ -312,8 +312,8 @@ class CWLinf(MinimalNorm):
             return torch.full_like(start.clean[:, 0, 0, 0], self.initial_c)
         seen = look(start.oracle, start.clean, start.labels, self.target is not None)
         steepness = seen.grad.flatten(1).double().abs().mean(1).to(seen.margin.dtype)
-        # Nothing moves without a gradient, whatever c is; below the largest the search begins at all.
-        return (0.5 / steepness).clamp(max=self.largest_c / 2)
+        # Nothing moves without a gradient, whatever c is.
+        return (0.5 / steepness).clamp(max=1e10)
 
     def search(self, start: Working, rng: ImageRNG) -> Tensor:
         best = Closest(start.clean)
@@ -347,10 +347,10 @@ class CWLinf(MinimalNorm):
             work = replace(work, number=number, step=work.step + 1)
             if self.c_rate is None:
                 work = self._next(work, images, change, solved)
-            work = keep(
-                work,
-                (best.distance[work.index] > 0) & (work.c < self.largest_c) & (work.tau > self.smallest_tau),
-            )
+            going = (best.distance[work.index] > 0) & (work.tau > self.smallest_tau)
+            if self.c_rate is None:
+                going &= work.c < self.largest_c
+            work = keep(work, going)
             if not len(work):
                 break
         return best.images
