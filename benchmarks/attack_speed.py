@@ -399,7 +399,10 @@ def verdict(case: Case, seen: Mapping[str, Times]) -> tuple[str, ...]:
         shown = f"none; nearest {name}"
     else:
         return (case.label, "none", "", "")
-    times = ratio(ours, others[name])
+    times, other = ratio(ours, others[name]), others[name]
+    if not against and (other.mean < ours.mean or other.distance < ours.distance):
+        # Neither is nearer than the other in both.
+        return (case.label, shown, f"{times:.2f}", "")
     return (case.label, shown, f"{times:.2f}", "yes" if times <= 0.5 else "no")
 
 
