@@ -323,6 +323,7 @@ class CWLinf(MinimalNorm):
             start.oracle, start.index, start.clean, start.labels, from_tanh(w), w, torch.zeros_like(w),
             ones, self._first_c(start), count, count.clone(), Adam.like(w),
         )  # fmt: skip
+        largest = self.largest_c if self.c_rate is None else math.inf
         for step in range(self._most()):
             images = from_tanh(work.w + work.delta)
             seen = look(work.oracle, images, work.labels, self.target is not None)
@@ -332,11 +333,10 @@ class CWLinf(MinimalNorm):
             change = (images - work.clean).flatten(1).abs().amax(1)
             best.offer(work.index, images, change, success)
             if self.c_rate is not None:
-                work = self._move(work, change, success)
+                work = self._move(work, change, success, self.c_rate)
             gap = images - work.origin
             excess = (gap.abs() - per_image(work.tau)).clamp(min=0)
             short = (self.kappa - seen.margin).clamp(min=0)
-            solved = success & (excess.flatten(1).double().sum(1) <= 1e-4 * work.c)
             # The authors take the step even when solved; it is undone there by the new start.
             push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
             slope = torch.where(excess > 0, gap.sign(), torch.zeros_like(gap)) - per_image(push) * seen.grad
@@ -346,18 +346,18 @@ class CWLinf(MinimalNorm):
             work.delta.sub_(work.adam.step(slope, per_image(number), lr, self.beta1))
             work = replace(work, number=number, step=work.step + 1)
             if self.c_rate is None:
+                solved = success & (excess.flatten(1).double().sum(1) <= 1e-4 * work.c)
                 work = self._next(work, images, change, solved)
-            going = (best.distance[work.index] > 0) & (work.tau > self.smallest_tau)
-            if self.c_rate is None:
-                going &= work.c < self.largest_c
-            work = keep(work, going)
+            work = keep(
+                work,
+                (best.distance[work.index] > 0) & (work.c < largest) & (work.tau > self.smallest_tau),
+            )
             if not len(work):
                 break
         return best.images
 
-    def _move(self, work: _Shrinking, change: Tensor, success: Tensor) -> _Shrinking:
+    def _move(self, work: _Shrinking, change: Tensor, success: Tensor, rate: float) -> _Shrinking:
         """The next tau and c, of images whose largest `change` is (n,)."""
-        rate = self.c_rate or 0.0
         within = change <= WITHIN * work.tau
         shrunk = torch.minimum(work.tau, change) * self.shrink
         tau = torch.where(
