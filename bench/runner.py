@@ -91,6 +91,7 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
     cells: dict[str, Job] = {}
     cached = 0
     waiting: set[tuple[str, tuple[str, ...]]] = set()
+    known_paces = _timings(store)
     for cell in plan.cells:
         # Roles with the same data and model share a cell, yet one may want more of its images than another.
         if cell.skip is not None or (cell.key, cell.target.ids) in waiting:
@@ -109,7 +110,7 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
                 known = crafts.setdefault(cell.craft.key, [])
                 known.extend(i for i in craft_missing if i not in set(known))
                 after = (cell.craft.key,)
-        pace = _measured(store, _paces(cell.target, cell.defense, "evaluate"), cell.target.task)
+        pace = _pace(known_paces, _paces(cell.target, cell.defense, "evaluate"), cell.target.task)
         cost = pace * cell.repeats * len(missing)
         if (known_job := cells.get(cell.key)) is not None:
             cost, after = max(cost, known_job.cost), known_job.after or after
@@ -118,7 +119,7 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
     jobs: list[Job] = []
     for key, ids in crafts.items():
         craft = by_key[key]
-        cost = 3 * _measured(store, _craft_paces(craft), craft.target.task) * craft.cost() * len(ids)
+        cost = 3 * _pace(known_paces, _craft_paces(craft), craft.target.task) * craft.cost() * len(ids)
         jobs.append(Job("craft", key, _group(craft.target), cost))
     order = {role: i for i, role in enumerate(plan.targets)}
     jobs.extend(cells.values())
@@ -215,12 +216,17 @@ def _craft_paces(craft: Craft) -> tuple[str, ...]:
     return _paces(craft.target, None if craft.mode == "none" else craft.defense, craft.mode)
 
 
-def _measured(store: Store, paces: Sequence[str], task: str) -> float:
-    path = store.root / "timings.json"
+def _timings(store: Store) -> dict[str, Any]:
+    """The paces that the store knows, by name."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Any] = json.loads((store.root / "timings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
+        return {}
+    return known
+
+
+def _pace(known: Mapping[str, Any], paces: Sequence[str], task: str) -> float:
+    """Seconds per image and pass."""
     measured = (float(known[pace]) for pace in paces if pace in known)
     return next(measured, _DEFAULT_SECONDS.get(task, 0.05))
 
