@@ -43,7 +43,7 @@ from bench.memory import keep_freed
 from bench.protocols import TargetModel
 from bench.registry import MODELS
 from benchmarks import attack_strength
-from benchmarks.contestants import Case, Network, digits, markdown, table
+from benchmarks.contestants import MOVING, NEWTON, Case, Network, digits, markdown, table
 
 EPS, ALPHA, INF = 8 / 255, 2 / 255, float("inf")
 CW_IMAGES = 32
@@ -135,7 +135,7 @@ def _ddn() -> list[Case]:
                 found[f"foolbox: {name}"] = ("DDNAttack", arguments)
         return found
 
-    newton = {"newton": True, "gamma": 0.7, "alpha": 3.0, "initial_norm": 0.4, "levels": None}
+    newton = {**NEWTON, "initial_norm": 0.4}
     return [
         Case("ddn, 100 steps", ("ddn", {"levels": None}), settings()),
         Case(
@@ -222,10 +222,7 @@ def _carlini_wagner() -> list[Case]:
         ),
         Case(
             "cw_l2, 40 steps with c moving",
-            ("cw_l2", {
-                "steps": 40, "binary_search_steps": 1, "initial_c": None, "c_rate": 0.1, "lr": 0.05, "final_lr": 0.003,
-                "beta1": 0.5,
-            }),
+            ("cw_l2", {"steps": 40, **MOVING}),
             {
                 **settings(100, 9, 1e-3),
                 **settings(60, 6, 1.0),

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bench.protocols import TargetModel
 from bench.registry import ATTACKS, MODELS
-from benchmarks.contestants import Case, digits, markdown, table
+from benchmarks.contestants import MOVING, NEWTON, Case, digits, markdown, table
 
 INF = float("inf")
 EPS, ALPHA, L2, L2_ALPHA = "4/255", "1/255", 0.5, 0.125
@@ -301,6 +301,10 @@ def _nearest() -> list[Case]:
         "max_iter": 15, "binary_search_steps": 2, "initial_const": 1.0, "learning_rate": 0.02, "max_halving": 1,
         "max_doubling": 1,
     }  # fmt: skip
+    twenty = {
+        "foolbox": ("DDNAttack", {"steps": 20}),
+        "adv_lib": ("ddn", {"steps": 20, "levels": None}),
+    }
     searches = {
         "foolbox": (
             "L2CarliniWagnerAttack",
@@ -328,19 +332,13 @@ def _nearest() -> list[Case]:
         Case(
             "ddn, 20 steps",
             ("ddn", {"steps": 20, "levels": None}),
-            {
-                "foolbox": ("DDNAttack", {"steps": 20}),
-                "adv_lib": ("ddn", {"steps": 20, "levels": None}),
-            },
+            twenty,
         ),
         # Not the algorithm of the libraries, for the same number of passes.
         Case(
             "ddn, 20 steps of Newton's",
-            ("ddn", {"steps": 20, "levels": None, "newton": True, "gamma": 0.7, "alpha": 3.0}),
-            {
-                "foolbox": ("DDNAttack", {"steps": 20}),
-                "adv_lib": ("ddn", {"steps": 20, "levels": None}),
-            },
+            ("ddn", {"steps": 20, **NEWTON}),
+            twenty,
         ),
         Case(
             "ddn in 256 levels, 20 steps",
@@ -373,15 +371,7 @@ def _nearest() -> list[Case]:
             "cw_l2, 30 steps with c moving",
             (
                 "cw_l2",
-                {
-                    "steps": 30,
-                    "binary_search_steps": 1,
-                    "initial_c": None,
-                    "c_rate": 0.1,
-                    "lr": 0.05,
-                    "final_lr": 0.003,
-                    "beta1": 0.5,
-                },
+                {"steps": 30, **MOVING},
             ),
             searches,
         ),

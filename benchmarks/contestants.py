@@ -26,6 +26,12 @@ from bench.threat import ModelOracle, Victim
 # Appended, never put first: torchattacks brings a package `robustbench` that is not robustbench.
 sys.path.append(str(Path(__file__).resolve().parents[1] / ".libraries"))
 
+# Searches of ours that are not in the papers, at the settings that are compared.
+NEWTON: dict[str, Any] = {"newton": True, "gamma": 0.7, "alpha": 3.0, "levels": None}
+MOVING: dict[str, Any] = {
+    "binary_search_steps": 1, "initial_c": None, "c_rate": 0.1, "lr": 0.05, "final_lr": 0.003, "beta1": 0.5,
+}  # fmt: skip
+
 Run = Callable[[Tensor, Tensor], Tensor]
 """Adversarial images (B, 3, H, W) for images and their labels, or for the labels to reach where an attack has some."""
 
