@@ -100,6 +100,9 @@ class Quilting(Defense):
         self.seam = seam
         self.gradient = gradient
         self.register_buffer("database", torch.empty(0), persistent=False)
+        # The last search: patches of the images, the database, indices of the nearest. BPDA asks `surrogate` for the
+        # images that `forward` has just seen, and the search is nearly all of either's time.
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Name and parameters, with the digest of the dataset in place of where it lies."""
@@ -124,12 +127,13 @@ class Quilting(Defense):
         batch, channels, height, width = images.shape
         windows, rows, columns = self._windows(images)
         database = self._patches(images)
-        nearest = _nearest(windows.flatten(0, 2), database, self.neighbors)
+        nearest = self._search(windows.flatten(0, 2), database)
+        pick = torch.zeros(len(nearest), dtype=torch.long, device=images.device)
         if self.neighbors > 1:
             assert rng is not None
-            pick = rng.integers(0, self.neighbors, (len(rows) * len(columns),)).flatten()
-            nearest = nearest.gather(1, pick.to(images.device)[:, None])
-        found = database[nearest[:, 0]].view(batch, len(rows), len(columns), channels, self.size, self.size)
+            pick = rng.integers(0, self.neighbors, (len(rows) * len(columns),)).flatten().to(images.device)
+        found = database[nearest.gather(1, pick[:, None])[:, 0]]
+        found = found.view(batch, len(rows), len(columns), channels, self.size, self.size)
         return self._sew(found, rows, columns, (height, width))
 
     def surrogate(self, images: Tensor, rng: ImageRNG | None = None) -> Tensor:
@@ -139,8 +143,7 @@ class Quilting(Defense):
         windows, rows, columns = self._windows(images)
         database = self._patches(images)
         queries = windows.flatten(0, 2)
-        with torch.no_grad():
-            nearest = _nearest(queries, database, min(SOFT_NEIGHBORS, len(database)))
+        nearest = self._search(queries.detach(), database)[:, :SOFT_NEIGHBORS]
         candidates = database[nearest]
         distance = (queries[:, None] - candidates).square().sum(2)
         scale = SOFT_TEMPERATURE * distance.detach().mean(1, keepdim=True)
@@ -153,6 +156,13 @@ class Quilting(Defense):
         place = (y * images.shape[-1] + x).flatten()
         total = torch.zeros_like(images).flatten(2).index_add(2, place, soft)
         return (total / place.bincount(minlength=total.shape[2])).view_as(images)
+
+    def _search(self, queries: Tensor, database: Tensor) -> Tensor:
+        """Indices (n, k) of the patches nearest to each query, nearest first, enough for either use."""
+        if self._last is None or self._last[1] is not database or not torch.equal(self._last[0], queries):
+            count = self.neighbors if self.gradient == "identity" else max(self.neighbors, SOFT_NEIGHBORS)
+            self._last = queries, database, _nearest(queries, database, min(count, len(database)))
+        return self._last[2]
 
     def _windows(self, images: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """The patches of images, (B, rows, columns, C s s), and the rows and columns they start at."""

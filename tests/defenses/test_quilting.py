@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from bench.chain import bpda
 from bench.errors import DataError, NotApplicable, PluginError
 from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS, DEFENSES
@@ -155,6 +156,23 @@ def test_identity_holds_the_digest_of_the_dataset(pictures):
     assert identity["patches_from"] == "pictures-train-24" and "dataset_params" not in identity["params"]
     other = create(dataset_params={"split": "test"}).identity()
     assert other["patches_from"] != identity["patches_from"]
+
+
+def test_bpda_searches_once_for_value_and_gradient_and_anew_for_other_images_or_patches(
+    monkeypatch, pictures
+):
+    searches = []
+    monkeypatch.setattr(
+        "defenses.quilting._nearest", lambda *args: searches.append(len(args[0])) or _nearest(*args)
+    )
+    defense = create()
+    bpda(defense, pictures[:2].clone().requires_grad_())
+    assert len(searches) == 1
+    first = defense(pictures[2:4])
+    assert len(searches) == 2
+    assert torch.equal(first, create()(pictures[2:4]))
+    defense.database = defense.database.flip(0) / 2
+    assert not torch.equal(defense(pictures[2:4]), first)
 
 
 def test_default_database_is_the_embedded_training_split():
