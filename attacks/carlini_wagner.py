@@ -118,6 +118,9 @@ class CWL2(MinimalNorm):
         kappa: confidence, the margin by which the victim has to be wrong.
         abort_early: a descent ends for an image when a tenth of the steps, at least ten, has not lowered its loss by
             0.01 %; has no say where `c_rate` is given.
+        abort_on: which loss. `loss` = that of the last step, as published, until the descent has succeeded; then the
+            lowest so far, since about the boundary the loss of one step says little. `lowest` = the lowest throughout,
+            which keeps more descents going that will not succeed.
         target: rule for a wrong target to reach; None = untargeted.
         c_rate: c of an image falls by this share after each step at which the victim is wrong and rises by it after
             any other, as a multiplier of the constraint that it be wrong. One descent so (`binary_search_steps: 1`)
@@ -128,7 +131,9 @@ class CWL2(MinimalNorm):
 
     version = 2
 
-    added: ClassVar[Mapping[str, Any]] = {"c_rate": None, "final_lr": None, "beta1": 0.9}
+    added: ClassVar[Mapping[str, Any]] = {
+        "c_rate": None, "final_lr": None, "beta1": 0.9, "abort_on": "lowest",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -142,7 +147,9 @@ class CWL2(MinimalNorm):
         c_rate: Annotated[float, Field(gt=0, lt=1)] | None = None,
         final_lr: Positive | None = None,
         beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        abort_on: Literal["loss", "lowest"] = "loss",
     ) -> None:
+        self.abort_on = abort_on
         self.steps, self.binary_search_steps = steps, binary_search_steps
         self.initial_c, self.lr, self.kappa = initial_c, lr, kappa
         self.abort_early, self.target = abort_early, target
@@ -204,7 +211,10 @@ class CWL2(MinimalNorm):
             gap = images - work.origin
             short = self.kappa - seen.margin
             loss = lengths(gap).square() + work.c * short.clamp(min=0)
-            torch.minimum(work.lowest, loss, out=work.lowest)
+            if self.abort_on == "loss":
+                work.lowest.copy_(torch.where(found[work.index], torch.minimum(work.lowest, loss), loss))
+            else:
+                torch.minimum(work.lowest, loss, out=work.lowest)
             # Of x' itself: the victim gives the gradient of the margin, the rest is known in closed form.
             push = torch.where(short > 0, work.c, torch.zeros_like(work.c))
             grad = (2 * gap - per_image(push) * seen.grad) * (2 * images * (1 - images))
