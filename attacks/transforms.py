@@ -184,8 +184,11 @@ class InputDiversity:
             scale[still], offset[still] = 1.0, 0.0
             for axis in (0, 1):
                 sources[axis][still] = torch.arange(inner[axis])
-        rows, columns = (_selector(sources[axis], inner[axis], images) for axis in (0, 1))
-        moved = rows @ images @ columns.transpose(-1, -2)
+        if self.canvas == "native" and images.device.type == "cpu":
+            moved = _indexed(images, *sources)
+        else:
+            rows, columns = (_selector(sources[axis], inner[axis], images) for axis in (0, 1))
+            moved = rows @ images @ columns.transpose(-1, -2)
         return Warped(moved, Geometry(scale.float(), offset.float(), inner, seen))
 
     def objective(self, bound: BoundLoss, placement: Placement) -> DiverseObjective:
@@ -229,6 +232,17 @@ def _part(placement: Placement, index: Tensor) -> Placement:
 def _below(u: Tensor, limit: Tensor) -> Tensor:
     """Integers uniform in [0, limit) from uniform numbers in [0, 1); 0 where the limit is below 1."""
     return torch.minimum((u * limit).floor().long(), limit - 1).clamp(min=0)
+
+
+def _indexed(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels of `images` at source rows (B, H') and columns (B, W'), 0 where either is -1: (B, 3, H', W').
+
+    The same pixels as by `_selector`, in half the time on a CPU, where the backward pass sums in a fixed order, too.
+    """
+    at = rows.clamp(min=0)[:, :, None] * images.shape[-1] + columns.clamp(min=0)[:, None]
+    known = (rows >= 0)[:, :, None] & (columns >= 0)[:, None]
+    found = images.flatten(2).gather(2, at.flatten(1)[:, None].expand(-1, images.shape[1], -1))
+    return found.view(*images.shape[:2], *at.shape[1:]) * known[:, None]
 
 
 def _selector(source: Tensor, length: int, like: Tensor) -> Tensor:

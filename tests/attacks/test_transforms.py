@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from attacks.iterative import Iterative
 from attacks.objectives import TaskLoss
-from attacks.transforms import InputDiversity, Momentum, Placement, TranslationInvariance
+from attacks.transforms import (
+    InputDiversity,
+    Momentum,
+    Placement,
+    TranslationInvariance,
+    _indexed,
+    _selector,
+)
 from bench.protocols import Defense, Warped
 from bench.registry import ATTACKS
 
@@ -199,6 +206,21 @@ def test_unmoved_images_are_seen_as_they_are(lab):
         loss = F.cross_entropy(target.net(seen), torch.tensor(labels[i : i + 1]))
         loss.backward()
         assert torch.equal(result.value[i], loss.detach()) and torch.equal(result.grad[i], x.grad[0])
+
+
+def test_indexing_copies_the_pixels_and_sums_the_gradients_that_the_product_does(lab, monkeypatch):
+    taken = []
+    monkeypatch.setattr("attacks.transforms._indexed", lambda *args: taken.append(args) or _indexed(*args))
+    images = torch.rand(12, 3, 20, 31).requires_grad_()
+    part = InputDiversity(0.7, Fraction(3, 2), "native")
+    moved = part.apply(images, part.draw(lab.rng(12), (20, 31))).images
+    weight = torch.rand_like(moved)
+    ((_, rows, columns),) = taken
+    assert (rows < 0).any() and (columns < 0).any()
+    product = _selector(rows, 20, images) @ images @ _selector(columns, 31, images).transpose(-1, -2)
+    assert torch.equal(moved, product)
+    gradients = (torch.autograd.grad((out * weight).sum(), images)[0] for out in (moved, product))
+    torch.testing.assert_close(*gradients)
 
 
 def test_native_canvas_keeps_the_size(lab):
