@@ -616,10 +616,16 @@ def plan_command(
         )  # fmt: skip
     out.print(table)
     skipped = sum(cell.skip is not None for cell in plan.cells)
+    guessed = sum(not job.timed for job in jobs)
+    guess = (
+        f", {guessed} of {len(jobs)} jobs by a guess, since their like has not run in this store"
+        if guessed
+        else ""
+    )
     out.print(
         f"{len(plan.cells)} cells: {cached} cached, {skipped} skipped, {sum(j.kind == 'cell' for j in jobs)} to run "
         f"with {sum(j.kind == 'craft' for j in jobs)} of {len(plan.crafts())} crafts; "
-        f"about {duration(sum(job.cost for job in jobs))} on one device"
+        f"about {duration(sum(job.cost for job in jobs))} on one device{guess}"
     )
 
 

@@ -110,17 +110,20 @@ def pending(plan: Plan, store: Store) -> tuple[list[Job], int]:
                 known = crafts.setdefault(cell.craft.key, [])
                 known.extend(i for i in craft_missing if i not in set(known))
                 after = (cell.craft.key,)
-        pace = _pace(known_paces, _paces(cell.target, cell.defense, "evaluate"), cell.target.task)
-        cost = pace * cell.repeats * len(missing)
+        paces = _paces(cell.target, cell.defense, "evaluate")
+        cost = _pace(known_paces, paces, cell.target.task) * cell.repeats * len(missing)
         if (known_job := cells.get(cell.key)) is not None:
             cost, after = max(cost, known_job.cost), known_job.after or after
-        cells[cell.key] = Job("cell", cell.key, _group(cell.target), cost, after)
+        cells[cell.key] = Job(
+            "cell", cell.key, _group(cell.target), cost, after, timed=paces[0] in known_paces
+        )
     by_key = plan.crafts()
     jobs: list[Job] = []
     for key, ids in crafts.items():
         craft = by_key[key]
-        cost = 3 * _pace(known_paces, _craft_paces(craft), craft.target.task) * craft.cost() * len(ids)
-        jobs.append(Job("craft", key, _group(craft.target), cost))
+        paces = _craft_paces(craft)
+        cost = 3 * _pace(known_paces, paces, craft.target.task) * craft.cost() * len(ids)
+        jobs.append(Job("craft", key, _group(craft.target), cost, timed=paces[0] in known_paces))
     order = {role: i for i, role in enumerate(plan.targets)}
     jobs.extend(cells.values())
     by_role = {c.key: c.target.role for c in plan.cells} | {k: c.target.role for k, c in by_key.items()}

@@ -32,6 +32,7 @@ class Job:
         cost: estimated seconds.
         after: keys that must be finished before; those that are no jobs of the run count as finished.
         patience: seconds to wait for another process that computes the same, -1 = for ever; the schedule sets it.
+        timed: whether `cost` is from the pace of the same work; otherwise it is a guess, which may be off by far.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Job:
     cost: float = 1.0
     after: tuple[str, ...] = ()
     patience: float = -1.0
+    timed: bool = True
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,16 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
 
 
+def test_estimates_say_how_much_of_them_is_a_guess(bench: Run, grid: Path) -> None:
+    options = ("--grid", str(grid), "--store", "store")
+    jobs = len(pending(make_plan(Options(grid)), Store(grid.parent / "store"))[0])
+    assert f"{jobs} of {jobs} jobs by a guess" in " ".join(bench("plan", *options)[1].split())
+    run(bench, grid)
+    # The same models, defenses and uses; other images.
+    again = " ".join(bench("plan", *options, "--seed", "1")[1].split())
+    assert "on one device" in again and "guess" not in again
+
+
 def test_fooled_images_leave_only_where_they_are_judged(grid: Path) -> None:
     """Images that another pipeline will see, or the same one with other draws, run their full course."""
     attacks = {"open": {"name": "square", "queries": 9}, "stop": {"name": "square", "stop_when_fooled": True}}
