@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ from bench.checks import (
     undefended,
     undone_by_noise,
 )
-from bench.errors import BenchError, GridError, NotApplicable, unknown
+from bench.errors import BenchError, DataError, GridError, NotApplicable, unknown
 from bench.frame import cell_metrics, findings, load_rows, summarise
 from bench.grid import GRIDS, read_yaml
 from bench.keys import canonical, content_key
@@ -577,8 +578,64 @@ def report(result: Audit, plan: Plan) -> list[str]:
     return lines
 
 
+def marked(folder: Path) -> tuple[list[str], bool]:
+    """What the rows of committed results are marked with, as lines of text, and whether all is sound; for want of a store.
+
+    Args:
+        folder: of results, with the `results.csv` that `run` wrote.
+
+    Raises:
+        DataError: there is no such file, or it is none of ours.
+    """
+    path = folder / "results.csv"
+    columns = [
+        "role",
+        "defense",
+        "attack",
+        "level",
+        "level_label",
+        "model",
+        "cell",
+        "status",
+        "reason",
+        "flags",
+    ]
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: expected the rows that `bench run` wrote ({reason})") from None
+    rows = frame[frame["cell"] != ""].drop_duplicates("cell").to_dict("records")
+    suspect: list[str] = []
+    stopped: list[str] = []
+    for row in rows:
+        words = (row["role"], row["defense"], row["attack"], row["level_label"])
+        label = " / ".join(dict.fromkeys(words)) + f"  [{row['cell'][:12]}]"
+        if row["status"] == "error":
+            stopped += ["", f"STOPPED  {label}", f"  {row['reason']}"]
+        found = [FLAGS[name] for name in row["flags"].split(";") if name in FLAGS]
+        if any(flag.level == "flag" for flag in found):
+            suspect += ["", f"SUSPECT  {label}"]
+            for name, flag in zip(row["flags"].split(";"), found, strict=True):
+                suspect += [f"  {flag.check} {name}: {flag.text}"]
+                suspect += [f"      next: {_filled(flag.next, row['level'], row['model'], row['cell'])}"]
+    count = sum(line.startswith("SUSPECT") for line in suspect)
+    head = [
+        f"{folder}: {len(rows)} cells, {count} suspect, {sum(line.startswith('STOPPED') for line in stopped)} stopped "
+        "by a hard check",
+        "As their rows are marked: there is no store here to judge them from anew.",
+    ]
+    if (folder / "audit.txt").is_file():
+        head.append(f"What each check measured: {folder / 'audit.txt'}")
+    return [*head, *stopped, *suspect], not stopped and not suspect
+
+
 def _next(text: str, cell: Cell) -> str:
-    for word, value in (("LEVEL", cell.level), ("MODEL", cell.target.model.name), ("CELL", cell.key[:12])):
+    return _filled(text, cell.level, cell.target.model.name, cell.key)
+
+
+def _filled(text: str, level: str, model: str, key: str) -> str:
+    for word, value in (("LEVEL", level), ("MODEL", model), ("CELL", key[:12])):
         text = text.replace(word, value)
     return text
 

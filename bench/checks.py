@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-6
 _SLACK = 1e-3
 """What sums over an image may round: the share by which `Attack.excess` may be above 0."""
+FEW = 10
+"""Images below which a clean score is not held against the recorded one."""
 Scores = Mapping[str, float]
 """Image id -> score in [0,1], larger = less harmed."""
 
@@ -592,8 +594,9 @@ _DIRECT = ("ce", "margin", "dlr", "cls", "loc", "cls+loc")
 def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Checks V4 and V5 against the scores recorded with the weights, where there are any.
 
-    A clean score is off when the record lies outside twice the interval; a multi-step gradient attack of at least
-    8/255 is weak when the interval of what it leaves lies above 5 points over the worst recorded attack.
+    A clean score of ten images or more is off when the record lies outside twice the interval; a multi-step gradient
+    attack of at least 8/255 is weak when the interval of what it leaves lies above 5 points over the worst recorded
+    attack.
 
     Args:
         cell: one of the undefended model.
@@ -610,6 +613,8 @@ def reference_findings(cell: Cell, metrics: Sequence[Mapping[str, Any]]) -> list
         reference = known.get("clean")
         if reference is None:
             return []
+        if len(cell.target.ids) < FEW:
+            return []  # of a handful of images an interval says little, least of all of mAP or mIoU
         reach = 2 * (value - low) if reference < value else 2 * (high - value)
         if abs(value - reference) <= reach + 0.005:
             return []

@@ -281,11 +281,21 @@ def audit_command(
     plugin: PluginOption = [],  # noqa: B006
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Say which stored results are suspect, why, and what to run next. Exit code 0: all sound, 1: something suspect."""
-    from bench.audit import grid_of
+    """Say which stored results are suspect, why, and what to run next. Exit code 0: all sound, 1: something suspect.
+
+    Of results/NAME without a store it says what the rows are marked with.
+    """
+    from bench.audit import grid_of, marked
 
     if (what is None) == (grid is None):
         raise GridError("give either results/NAME or a grid file")
+    if what is not None and what.is_dir() and not costly and store == DEFAULT_STORE and not store.exists():
+        lines, sound = marked(what)
+        for line in lines:
+            out.print(escape(line))
+        if not sound:
+            raise typer.Exit(1)
+        return
     path = grid_of(what) if what is not None else grid
     assert path is not None
     plan, opened = _open(_options(path, profile, seed, limit, plugin, store), store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,26 @@ def test_a_loss_that_the_grid_has_is_no_extra(folder: Path) -> None:
         found = extras(make_plan(Options(grid)), 4)
         losses = {e.what for e in found if e.what.startswith("loss") and e.parent.attack_label == "bim"}
         assert losses == expected
+
+
+@pytest.mark.parametrize(("name", "sound"), [("audit", False), ("attacks", False), ("table1", True)])
+def test_committed_results_are_audited_without_their_store(
+    name: str, sound: bool, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rows are marked with: every suspect cell of the report beside them, with what to run next."""
+    folder = GRIDS.parent / "results" / name
+    monkeypatch.chdir(tmp_path)
+    code, out, err = bench("audit", str(folder))
+    assert (code, err) == (0 if sound else 1, "")
+    if sound:
+        assert "0 suspect" in out
+        return
+    report = (folder / "audit.txt").read_text()
+    for kind in ("SUSPECT", "STOPPED"):
+        shown, known = (re.findall(rf"^{kind} .*\[(\w+)\]$", text, re.MULTILINE) for text in (out, report))
+        assert sorted(shown) == sorted(known)
+    assert "      next: " in out and "audit.txt" in out
+    # A store that is named has to be there, and a folder has to hold rows.
+    assert bench("audit", str(folder), "--store", "absent")[0] == 2
+    code, _, err = bench("audit", str(tmp_path))
+    assert code == 2 and "results.csv" in err and "Traceback" not in err

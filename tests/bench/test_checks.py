@@ -239,7 +239,10 @@ def test_scores_without_ground_truth_are_not_off(name: str) -> None:
     if name == "clean":
         judged.attack = None
     line = {"metric": "miou", "value": 0.5, "low": 0.4, "high": 0.6}
+    judged.target.ids = tuple(map(str, range(10)))
     assert len(reference_findings(judged, [line])) == 1
+    judged.target.ids = ("0", "1")
+    assert len(reference_findings(judged, [line])) == (name == "pgd")
     assert reference_findings(judged, [{**line, "value": math.nan, "low": math.nan, "high": math.nan}]) == []
 
 
