@@ -579,7 +579,7 @@ def report(result: Audit, plan: Plan) -> list[str]:
 
 
 def marked(folder: Path) -> tuple[list[str], bool]:
-    """What the rows of committed results are marked with, as lines of text, and whether all is sound; for want of a store.
+    """What the rows of committed results are marked with, as lines of text, and whether all is sound. Needs no store.
 
     Args:
         folder: of results, with the `results.csv` that `run` wrote.

@@ -278,6 +278,13 @@ class Task(ABC):
         """How right a prediction is, in a few words."""
         return f"score {self.rows(prediction, target)['score']:.2f}"
 
+    def check_truth(self, target: Any, num_classes: int) -> None:  # noqa: B027 - empty scenes are scenes
+        """Refuse ground truth that a model of `num_classes` classes can neither be attacked at nor judged by.
+
+        Raises:
+            ValueError: says what was found and what is expected.
+        """
+
     def attack_targets(
         self, rule: str, targets: Sequence[Any], num_classes: int, rng: ImageRNG
     ) -> tuple[Any, ...]:

@@ -664,11 +664,16 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _sample(target: Target, model: TargetModel, index: int) -> Sample:
+    where = f"dataset {target.dataset.name}, image {target.dataset.ids()[index]}"
     try:
-        return model.prepare(target.dataset[index])
+        sample = model.prepare(target.dataset[index])
     except (OSError, ValueError) as error:
-        image_id = target.dataset.ids()[index]
-        raise DataError(f"dataset {target.dataset.name}, image {image_id} cannot be read: {error}") from None
+        raise DataError(f"{where} cannot be read: {error}") from None
+    try:
+        task_instance(target.task).check_truth(sample.target, model.num_classes)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    return sample
 
 
 @functools.lru_cache(maxsize=1)

@@ -81,6 +81,14 @@ class Classification(Task):
     def check_target(self, rule: str, num_classes: int) -> None:
         self._number(rule, num_classes)
 
+    def check_truth(self, target: Any, num_classes: int) -> None:
+        """The label must be one of the model's classes; data without labels says -1."""
+        label = int(target)
+        if label < 0:
+            raise ValueError("it has no label: attacks and accuracy need one")
+        if label >= num_classes:
+            raise ValueError(f"label {label}, but the model's classes are 0..{num_classes - 1}")
+
     def _number(self, rule: str, num_classes: int) -> int | None:
         """K of `class:K`; refuses what no image could follow."""
         number = check_rule(rule, self.name, num_classes, _RULES)

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torchvision.transforms.functional import to_pil_image
+
+from bench.registry import TASKS
 
 PLUGIN = Path(__file__).resolve().parents[1] / "plugins" / "empty_truth.py"
 BUDGET = {"eps": "8/255", "alpha": "2/255", "steps": 5}
@@ -84,3 +88,46 @@ def test_nothing_to_attack(
         for level in ("oblivious", "bpda"):
             (line,) = [text for text in said.splitlines() if f"jpeg / {name} / {level}:" in text]
             assert "nothing-to-attack (2 of 2 images)" in line
+
+
+def test_images_without_a_label_are_one_line(
+    bench: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Nothing can be judged by them, so nothing is written."""
+    for number in range(3):
+        to_pil_image(torch.rand(3, 40, 40)).save(tmp_path / f"{number}.png")
+    dataset = {
+        "name": "photographs",
+        "root": str(tmp_path),
+        "listed": False,
+        "size": 32,
+        "side": 32,
+        "count": 3,
+    }
+    profile = {"name": "p", "roles": {"classification": {"dataset": dataset, "model": "mini_resnet"}}}
+    block = {
+        "roles": ["classification"], "defenses": ["none"], "attacks": ["pgd"], "threats": ["oblivious"],
+    }  # fmt: skip
+    grid = {
+        "name": "unlabelled",
+        "profile": str(tmp_path / "profile.yaml"),
+        "defenses": {"none": "none"},
+        "attacks": {"pgd": {"name": "pgd", "steps": 2}},
+        "blocks": [block],
+    }
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    options = ("--grid", str(tmp_path / "grid.yaml"), "--store", str(tmp_path / "s"), "--workers", "1")
+    code, _, err = bench("run", *options, "--out", str(tmp_path / "o"))
+    assert code == 2 and "Traceback" not in err
+    assert "dataset photographs, image 0: it has no label: attacks and accuracy need one" in " ".join(
+        err.split()
+    )
+
+
+def test_labels_must_be_classes_of_the_model() -> None:
+    task = TASKS.create("classification")
+    task.check_truth(9, 10)
+    for label, message in ((-1, "it has no label"), (10, "label 10, but the model's classes are 0..9")):
+        with pytest.raises(ValueError, match=message):
+            task.check_truth(label, 10)
