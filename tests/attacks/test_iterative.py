@@ -255,6 +255,51 @@ def test_more_steps_are_not_weaker(lab):
     assert (last >= single - 1e-4).all() and (single > noise).all()
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.integers(1, 12),
+    more=st.integers(1, 30),
+    levels=st.integers(1, 64),
+    share=st.integers(2, 8),
+    norm=st.sampled_from(["linf", "l2"]),
+    start=st.sampled_from(["none", "uniform"]),
+    momentum=st.sampled_from([0.0, 1.0]),
+    loss=st.sampled_from(["ce", "margin"]),
+    best=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_no_number_of_steps_is_weaker_than_a_smaller_one(
+    lab, steps, more, levels, share, norm, start, momentum, loss, best, seed
+):
+    """For each image where the best iterate is returned; on the mean, but for noise, where the last one is."""
+    target = lab.Classifier(lab.convnet(), 5)
+    images, labels = lab.batch(8, (12, 12), seed)
+    eps = Fraction(levels, 255) * (1 if norm == "linf" else 8)
+    harm = []
+    for count in (steps, steps + more):
+        attack = ATTACKS.create(
+            "iterative",
+            {
+                "norm": norm,
+                "eps": eps,
+                "alpha": eps / share,
+                "steps": count,
+                "start": start,
+                "momentum": momentum,
+                "loss": loss,
+                "return_best": best,
+            },
+        )
+        logits = target.net(lab.run(attack, target, images, labels))
+        truth = torch.tensor(labels)
+        others = logits.scatter(1, truth[:, None], -torch.inf).amax(1)
+        value = others - logits.gather(1, truth[:, None])[:, 0]
+        harm.append(F.cross_entropy(logits, truth, reduction="none") if loss == "ce" else value)
+    if best:
+        assert (harm[1] >= harm[0] - 1e-5).all()
+    assert harm[1].mean() >= harm[0].mean() - 0.02 * (1 + harm[0].abs().mean())
+
+
 def test_losses_are_summed_not_averaged(lab):
     """The gradient handed to a normalising step does not shrink with the batch."""
     target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
