@@ -195,6 +195,17 @@ def _transferable(steps: int) -> list[Case]:
             E,
             INF,
         ),
+        # torchattacks hands the victim images of their own size, where the paper enlarges them.
+        *(
+            Case(
+                f"{name}, {steps} steps, native canvas",
+                (name, {**ours, "canvas": "native"}),
+                {"torchattacks": ("DIFGSM", {**theirs, **more})},
+                E,
+                INF,
+            )
+            for name, more in (("di_fgsm", {}), ("dim", {"decay": 1.0, "diversity_prob": 0.7}))
+        ),
         Case(
             f"ti_fgsm, {steps} steps",
             ("ti_fgsm", ours),
