@@ -77,14 +77,13 @@ class Example:
     Attributes:
         cell: 16 characters of the cell's key.
         image: id of the image.
-        text: what the model said of each panel, in words.
-        uri: the picture, as a data address.
+        panels: from left to right, what each shows and what the model said of it, in words, and the picture of it, as
+            a data address; all of one size.
     """
 
     cell: str
     image: str
-    text: str
-    uri: str
+    panels: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
