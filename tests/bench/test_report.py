@@ -129,10 +129,10 @@ def test_worst_cases_and_the_gap(folder: Path) -> None:
     table = text[text.index('id="worst-table"') : text.index("</table>")]
     rows = re.findall(r"<tbody>(.*?)</tbody>", table, re.S)
     values = [re.findall(r'data-v="([^"]*)"', row) for row in rows]
-    # clean, oblivious, bpda, white_box (no worst case: not run), adaptive, gap
+    # defense, clean, oblivious, bpda, white_box (no worst case: not run), adaptive, gap
     assert values == [
-        ["95.0", "5.0", "5.0", "", "5.0", "+0.0"],
-        ["90.0", "60.0", "10.0", "", "10.0", "-50.0"],
+        ["none", "95.0", "5.0", "5.0", "", "5.0", "+0.0"],
+        ["&lt;b&gt;&amp;blur", "90.0", "60.0", "10.0", "", "10.0", "-50.0"],
     ]
 
 
@@ -482,6 +482,26 @@ def test_no_width_is_too_small(page: Browser, width: int) -> None:
         choose(page, "#filters .sort-by", "4 descending")
         assert column(page, "#cells-table", 4)[0] == "95.0"
         assert page.run("return document.querySelector('#filters .sort-by').offsetHeight") > 0
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_numbers_of_the_worst_case_stand_on_a_phone(page: Browser, width: int) -> None:
+    page.size(width, 800)
+    row = "[...document.querySelectorAll('#worst-table tbody tr')].at(-1)"
+    right = f"return [...{row}.querySelectorAll('td[data-v]')].map((c) => c.getBoundingClientRect().right)"
+    assert page.run(right)[1] <= width  # clean and oblivious; the rest scrolls
+    # What is no column of its own stands under the defense, which stays in sight.
+    assert page.run(f"return {row}.innerText.trim().split(/\\s*\\n\\s*/).slice(0, 3)") == [
+        "<b>&blur", "digits", "accuracy (%)\xa0↑"
+    ]  # fmt: skip
+    page.run("document.querySelector('#worst .scroll').scrollLeft = 1000")
+    assert page.run(right)[-1] <= width
+    left, end = page.run(
+        f"const r = {row}.querySelector('th').getBoundingClientRect(); return [r.left, r.right]"
+    )
+    assert 0 <= left and end < width / 2
+    page.size(1280, 900)
+    assert page.run(f"return {row}.querySelector('.under').offsetHeight") == 0
 
 
 def test_light_dark_and_print(page: Browser) -> None:
