@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -160,6 +161,50 @@ def test_commands_can_be_pasted(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def commands(report: Path) -> list[list[str]]:
+    """What the page prints to be pasted, as a shell reads it."""
+    blocks = re.findall(r'<pre class="command"><code>(.*?)</code>', report.read_text(), re.S)
+    return [shlex.split(line) for block in blocks for line in html.unescape(block).splitlines() if line]
+
+
+def test_commands_name_the_store_of_the_report(
+    stored: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid, folder = stored
+    store = tmp_path / "my store"
+    shutil.copytree(folder / "s", store)
+    profile = tmp_path / "own.yaml"
+    shutil.copy(GRID["profile"], profile)
+    root = Path.cwd()
+    # From another folder, by names that mean nothing in the project's.
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(grid, "toy.yaml")
+    main(["report", "--grid", "toy.yaml", "--store", "my store", "--profile", "own.yaml", "--out", "o"])
+    monkeypatch.chdir(root)
+    printed = commands(tmp_path / "o" / "report.html")
+    options = ["--grid", str(tmp_path / "toy.yaml"), "--profile", str(profile), "--seed", "0"]
+    assert printed[0] == ["python", "-m", "bench", "run", *options, "--store", str(store)]
+    shown = [words for words in printed if words[3] == "show"]
+    capsys.readouterr()
+    main(shown[0][3:])
+    assert f"key {shown[0][4]}" in capsys.readouterr().out
+    # In the project's folder a name stays as it was given.
+    source = tmp_path / "p"
+    monkeypatch.setattr("bench.grid.GRIDS", source / "grids")
+    shutil.copytree(grid.parent, source / "grids")
+    for name in ("s", ".bench"):
+        shutil.copytree(store, source / name)
+    monkeypatch.chdir(source)
+    for name, option in (("s", ["--store", "s"]), (".bench", [])):
+        main(["report", "--grid", "grids/toy.yaml", "--store", name, "--out", name])
+        # The profile is a file that the grid names: no option for it.
+        expected = ["--grid", "grids/toy.yaml", "--seed", "0", *option]
+        assert commands(source / name / "report.html")[0][4:] == expected
+
+
 def test_plots_hold_the_numbers(folder: Path) -> None:
     names = {
         "levels-digits",
@@ -311,7 +356,7 @@ def test_from_a_store_with_pictures(stored: tuple[Path, Path], tmp_path: Path) -
                 assert down.sum() >= 2 and not across[0] and not across[-1]
         assert len(sizes) == 1
     assert text.count("versions, set 1</dt>") == 1 and "torch 2" in text
-    assert f"--grid {grid} --profile" in text and "--limit 3" in text
+    assert f"--grid {grid} --seed" in text and "--limit 3" in text
     # The pictured image is one that is right when clean, so that what the attack does is seen.
     truth, clean = (alt.split(": ")[1] for _, alt in panels[0][:2])
     assert clean.split()[0] == truth
