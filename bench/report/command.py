@@ -70,6 +70,7 @@ def report_command(
     from bench.store import check_store
 
     versions: dict[str, str] = {}
+    plugins = tuple(str(_from_root(p)) for p in plugin)
     stored: tuple[Plan, Store] | str
     if grid is not None or store != STORE:
         check_store(store)
@@ -82,12 +83,13 @@ def report_command(
             raise StoreError(f"store {store} holds no results of {grid}: run the grid first")
         versions = versions_of(plan, opened)
         stored = plan, opened
-        source = Source(grid, plan.grid, plan.profile, limit, tuple(str(p) for p in plugin))
+        named = _profile_option(profile, plan.grid)
+        source = Source(_from_root(grid), plan.grid, named, limit, plugins, _store_option(store))
         target = out_dir or folder or Path("results") / plan.grid.name
     elif folder is not None:
         lines = read_results(folder)
         path, found = _grid_of(str(lines["grid"].iloc[0]))
-        source = Source(path, found, None, _limit(lines, found), tuple(str(p) for p in plugin))
+        source = Source(path, found, None, _limit(lines, found), plugins, _store_option(store))
         target = out_dir or folder
         stored = _stored(source, lines, store) if pictures else ""
     else:
@@ -133,6 +135,29 @@ def _stored(source: Source, lines: pd.DataFrame, store: Path) -> tuple[Plan, Sto
         )
     except BenchError as error:
         return str(error)
+
+
+def _from_root(path: Path) -> Path:
+    """A path given here, as a command in the project's folder takes it."""
+    from bench.grid import GRIDS
+
+    return path if Path.cwd() == GRIDS.parent.resolve() else path.resolve()
+
+
+def _store_option(store: Path) -> Path | None:
+    """What `--store` takes there to be this store; None = it is the default one, or none at all."""
+    from bench.grid import GRIDS
+
+    default = store.resolve() == (GRIDS.parent / STORE).resolve()
+    return None if default or not store.is_dir() else _from_root(store)
+
+
+def _profile_option(given: str | None, grid: Grid) -> str:
+    """What `--profile` takes there to be this profile; "" = nothing: the grid's own is a file that it names."""
+    name = grid.profile if given is None else given
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return name
+    return "" if given is None else str(_from_root(Path(given)))
 
 
 def read_results(folder: Path) -> pd.DataFrame:

@@ -47,9 +47,10 @@ class Source:
     Attributes:
         path: grid file; None when it is not known.
         grid: what is in it.
-        profile: profile; None = as the lines say.
+        profile: as `--profile`; "" = the grid's own, None = as the lines say.
         limit: images per role, as `--limit`.
         plugins: plug-in files, as `--plugin`.
+        store: as `--store`; None = the default one.
     """
 
     path: Path | None
@@ -57,16 +58,18 @@ class Source:
     profile: str | None
     limit: int | None
     plugins: tuple[str, ...] = ()
+    store: Path | None = None
 
     def command(self, verb: str, line: Mapping[str, Any], cell: str = "") -> str:
-        """The command line that runs or shows the cell of `line`."""
+        """The command line that runs or shows the cell of `line`, for a shell in the project's folder."""
         path = self.path.as_posix() if self.path is not None else f"{line['grid']}.yaml"
-        profile = self.profile or str(line.get("profile") or "")
+        profile = str(line.get("profile") or "") if self.profile is None else self.profile
         parts = ["python", "-m", "bench", verb, *([cell] if cell else []), "--grid", path]
         parts += ["--profile", profile] if profile else []
         parts += ["--seed", str(line["seed"])]
         parts += ["--limit", str(self.limit)] if self.limit is not None else []
         parts += [part for plugin in self.plugins for part in ("--plugin", plugin)]
+        parts += ["--store", str(self.store)] if self.store is not None else []
         return shlex.join(parts)
 
 
@@ -77,14 +80,13 @@ class Example:
     Attributes:
         cell: 16 characters of the cell's key.
         image: id of the image.
-        text: what the model said of each panel, in words.
-        uri: the picture, as a data address.
+        panels: from left to right, what each shows and what the model said of it, in words, and the picture of it, as
+            a data address; all of one size.
     """
 
     cell: str
     image: str
-    text: str
-    uri: str
+    panels: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def render_page(
     page = environment.get_template("page.html.j2").render(
         title=source.grid.title if source.grid and source.grid.title else str(lines["grid"].iloc[0]),
         grid=", ".join(dict.fromkeys(map(str, lines["grid"]))),
-        profile=source.profile or ", ".join(dict.fromkeys(map(str, lines.get("profile", [])))),
+        profile=", ".join(dict.fromkeys(map(str, lines.get("profile", [])))),
         roles=_roles(lines),
         notes=notes(lines),
         cells=cells,

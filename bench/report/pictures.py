@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from PIL import Image
 
 from bench.errors import BenchError
 from bench.frame import ADAPTIVE, WORST
@@ -19,8 +23,11 @@ from bench.report.page import Example, Pictures
 from bench.runner import cell_record, craft_record
 from bench.store import Store
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LOG = logging.getLogger(__name__)
-TEXT_BYTES = 1_500
+TEXT_BYTES = 2_000
 """What a picture adds to the page besides its own bytes."""
 _ENCODINGS: tuple[tuple[int, dict[str, object]], ...] = (
     (110, {"lossless": True}),
@@ -131,7 +138,7 @@ def examples_of(
             omitted.append(str(error))
             continue
         example = _drawn(cell, row, share)
-        size = len(example.uri) + TEXT_BYTES
+        size = _size(example.panels)
         if size > room:
             omitted.append(
                 f"{cell.label} and what follows: the page has no room for more; --max-mb allows more"
@@ -147,14 +154,50 @@ def examples_of(
 
 
 def _drawn(cell: Cell, row: Strip, share: int) -> Example:
-    """The best picture that takes at most `share` bytes, or the smallest; the captions of its panels."""
+    """The best picture that takes at most `share` bytes, or the smallest, panel by panel with its caption."""
     figure = picture([row])
-    captions = [f"{axes.get_title()}: {axes.get_xlabel()}" for axes in figure.axes if axes.get_xlabel()]
-    uri = ""
+    # The page names the cell; its level may be another one where levels coincide.
+    figure.axes[0].set_ylabel("")
+    captions = [": ".join(filter(None, (axes.get_title(), axes.get_xlabel()))) for axes in figure.axes]
+    panels: tuple[tuple[str, str], ...] = ()
     for dpi, options in _ENCODINGS:
-        sink = io.BytesIO()
-        figure.savefig(sink, format="webp", dpi=dpi, pil_kwargs=options)
-        uri = "data:image/webp;base64," + base64.b64encode(sink.getvalue()).decode()
-        if len(uri) + TEXT_BYTES <= share:
+        panels = tuple(
+            zip(captions, (_encoded(image, options) for image in _columns(figure, dpi)), strict=True)
+        )
+        if _size(panels) <= share:
             break
-    return Example(cell.key[:16], row.image, "; ".join(captions), uri)
+    return Example(cell.key[:16], row.image, panels)
+
+
+def _size(panels: tuple[tuple[str, str], ...]) -> int:
+    """Bytes that a picture adds to the page."""
+    return sum(len(uri) for _, uri in panels) + TEXT_BYTES
+
+
+def _columns(figure: Figure, dpi: int) -> list[Image.Image]:
+    """The columns of a figure of one row, of one size, each centred on its axes: a narrow page wraps them."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=dpi)
+    drawn = Image.open(sink).convert("RGB")
+    scale = dpi / figure.dpi
+    centres = [
+        scale * (axes.get_window_extent().x0 + axes.get_window_extent().x1) / 2 for axes in figure.axes
+    ]
+    # Captions may be wider than the axes: cut between them.
+    boxes = [box for box in (axes.get_tightbbox() for axes in figure.axes) if box is not None]
+    between = [scale * (a.x1 + b.x0) / 2 for a, b in itertools.pairwise(boxes)]
+    edges = [round(x) for x in (0, *between, drawn.width)]
+    half = max(max(c - a, b - c) for c, (a, b) in zip(centres, itertools.pairwise(edges), strict=True))
+    found = []
+    for centre, (left, right) in zip(centres, itertools.pairwise(edges), strict=True):
+        panel = Image.new("RGB", (math.ceil(2 * half), drawn.height), "white")
+        panel.paste(drawn.crop((left, 0, right, drawn.height)), (round(half - centre + left), 0))
+        found.append(panel)
+    return found
+
+
+def _encoded(image: Image.Image, options: dict[str, object]) -> str:
+    """As a data address."""
+    sink = io.BytesIO()
+    image.save(sink, format="webp", **options)
+    return "data:image/webp;base64," + base64.b64encode(sink.getvalue()).decode()

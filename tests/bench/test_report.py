@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -22,6 +24,7 @@ from PIL import Image
 
 from bench.checks import FLAGS
 from bench.cli import main
+from bench.pictures import COLUMNS, HEADINGS
 from bench.report.page import MEANINGS
 from bench.report.pictures import chosen_cells
 from bench.report.plots import main_lines, make_plots
@@ -127,10 +130,10 @@ def test_worst_cases_and_the_gap(folder: Path) -> None:
     table = text[text.index('id="worst-table"') : text.index("</table>")]
     rows = re.findall(r"<tbody>(.*?)</tbody>", table, re.S)
     values = [re.findall(r'data-v="([^"]*)"', row) for row in rows]
-    # clean, oblivious, bpda, white_box (no worst case: not run), adaptive, gap
+    # defense, clean, oblivious, bpda, white_box (no worst case: not run), adaptive, gap
     assert values == [
-        ["95.0", "5.0", "5.0", "", "5.0", "+0.0"],
-        ["90.0", "60.0", "10.0", "", "10.0", "-50.0"],
+        ["none", "95.0", "5.0", "5.0", "", "5.0", "+0.0"],
+        ["&lt;b&gt;&amp;blur", "90.0", "60.0", "10.0", "", "10.0", "-50.0"],
     ]
 
 
@@ -156,6 +159,50 @@ def test_commands_can_be_pasted(folder: Path) -> None:
     assert words == [
         "python", "-m", "bench", "run", "--grid", "nowhere.yaml", "--profile", "mini", "--seed", "3", "--limit", "40"
     ]  # fmt: skip
+
+
+def commands(report: Path) -> list[list[str]]:
+    """What the page prints to be pasted, as a shell reads it."""
+    blocks = re.findall(r'<pre class="command"><code>(.*?)</code>', report.read_text(), re.S)
+    return [shlex.split(line) for block in blocks for line in html.unescape(block).splitlines() if line]
+
+
+def test_commands_name_the_store_of_the_report(
+    stored: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid, folder = stored
+    store = tmp_path / "my store"
+    shutil.copytree(folder / "s", store)
+    profile = tmp_path / "own.yaml"
+    shutil.copy(GRID["profile"], profile)
+    root = Path.cwd()
+    # From another folder, by names that mean nothing in the project's.
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(grid, "toy.yaml")
+    main(["report", "--grid", "toy.yaml", "--store", "my store", "--profile", "own.yaml", "--out", "o"])
+    monkeypatch.chdir(root)
+    printed = commands(tmp_path / "o" / "report.html")
+    options = ["--grid", str(tmp_path / "toy.yaml"), "--profile", str(profile), "--seed", "0"]
+    assert printed[0] == ["python", "-m", "bench", "run", *options, "--store", str(store)]
+    shown = [words for words in printed if words[3] == "show"]
+    capsys.readouterr()
+    main(shown[0][3:])
+    assert f"key {shown[0][4]}" in capsys.readouterr().out
+    # In the project's folder a name stays as it was given.
+    source = tmp_path / "p"
+    monkeypatch.setattr("bench.grid.GRIDS", source / "grids")
+    shutil.copytree(grid.parent, source / "grids")
+    for name in ("s", ".bench"):
+        shutil.copytree(store, source / name)
+    monkeypatch.chdir(source)
+    for name, option in (("s", ["--store", "s"]), (".bench", [])):
+        main(["report", "--grid", "grids/toy.yaml", "--store", name, "--out", name])
+        # The profile is a file that the grid names: no option for it.
+        expected = ["--grid", "grids/toy.yaml", "--seed", "0", *option]
+        assert commands(source / name / "report.html")[0][4:] == expected
 
 
 def test_plots_hold_the_numbers(folder: Path) -> None:
@@ -286,21 +333,33 @@ def test_from_a_store_with_pictures(stored: tuple[Path, Path], tmp_path: Path) -
     main(["report", *common])
     text = (tmp_path / "o" / "report.html").read_text()
     pictures = re.findall(
-        r'<tbody id="cell-\d+"(?:(?!</tbody>).)*?src="data:image/webp;base64,([^"]+)" alt="([^"]*)"',
+        r'<tbody id="cell-\d+"(?:(?!</tbody>).)*?<figure class="picture" aria-label="([^"]*)">(.*?)</figure>',
         text,
         re.S,
     )
-    assert [alt.split(",")[0] for _, alt in pictures] == [
+    assert [label.split(",")[0] for label, _ in pictures] == [
         f"classification: {defense} against pgd" for defense in ("none", "jpeg")
     ]
-    assert all("attacked, purified:" in alt for _, alt in pictures)
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0][0]))) as image:
-        assert image.size[0] > 3 * image.size[1]
+    panels = [
+        re.findall(r'src="data:image/webp;base64,([^"]+)" alt="([^"]*)"', inner) for _, inner in pictures
+    ]
+    for row in panels:
+        assert [alt.split(":")[0] for _, alt in row] == [HEADINGS[column] for column in COLUMNS]
+        sizes = set()
+        for data, _ in row:
+            with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+                sizes.add(image.size)
+                # Each holds its own image whole: the frame has four sides, with white around it.
+                dark = np.asarray(image.convert("L")) < 110
+                across, down = dark.mean(0) > 0.6, dark.mean(1) > 0.6
+                assert across[: len(across) // 4].any() and across[-len(across) // 4 :].any()
+                assert down.sum() >= 2 and not across[0] and not across[-1]
+        assert len(sizes) == 1
     assert text.count("versions, set 1</dt>") == 1 and "torch 2" in text
-    assert f"--grid {grid} --profile" in text and "--limit 3" in text
+    assert f"--grid {grid} --seed" in text and "--limit 3" in text
     # The pictured image is one that is right when clean, so that what the attack does is seen.
-    truth, clean = (re.search(rf"{part}: (\w+)", pictures[0][1]) for part in ("ground truth", "; clean"))
-    assert truth is not None and clean is not None and truth[1] == clean[1]
+    truth, clean = (alt.split(": ")[1] for _, alt in panels[0][:2])
+    assert clean.split()[0] == truth
     # No room, no picture; and the page says so.
     main(["report", *common, "--max-mb", "0.01", "--out", str(tmp_path / "small")])
     small = (tmp_path / "small" / "report.html").read_text()
@@ -321,7 +380,7 @@ def test_written_lines_of_a_shipped_grid_find_their_pictures(
     report = ["report", str(folder / "o"), "--out", str(tmp_path)]
     main([*report, "--store", str(folder / "s"), "--pictures", "1"])
     text = (tmp_path / "report.html").read_text()
-    assert text.count("data:image/webp") == 1 and text.count('data-pictured="with a picture"') == 1
+    assert text.count('<figure class="picture"') == 1 and text.count('data-pictured="with a picture"') == 1
     # Once the images are gone the page tells how many cells lack them.
     shutil.copytree(folder / "s" / "cells", tmp_path / "bare" / "cells")
     main([*report, "--store", str(tmp_path / "bare")])
@@ -470,6 +529,26 @@ def test_no_width_is_too_small(page: Browser, width: int) -> None:
         assert page.run("return document.querySelector('#filters .sort-by').offsetHeight") > 0
 
 
+@pytest.mark.parametrize("width", [320, 390])
+def test_numbers_of_the_worst_case_stand_on_a_phone(page: Browser, width: int) -> None:
+    page.size(width, 800)
+    row = "[...document.querySelectorAll('#worst-table tbody tr')].at(-1)"
+    right = f"return [...{row}.querySelectorAll('td[data-v]')].map((c) => c.getBoundingClientRect().right)"
+    assert page.run(right)[1] <= width  # clean and oblivious; the rest scrolls
+    # What is no column of its own stands under the defense, which stays in sight.
+    assert page.run(f"return {row}.innerText.trim().split(/\\s*\\n\\s*/).slice(0, 3)") == [
+        "<b>&blur", "digits", "accuracy (%)\xa0↑"
+    ]  # fmt: skip
+    page.run("document.querySelector('#worst .scroll').scrollLeft = 1000")
+    assert page.run(right)[-1] <= width
+    left, end = page.run(
+        f"const r = {row}.querySelector('th').getBoundingClientRect(); return [r.left, r.right]"
+    )
+    assert 0 <= left and end < width / 2
+    page.size(1280, 900)
+    assert page.run(f"return {row}.querySelector('.under').offsetHeight") == 0
+
+
 def test_light_dark_and_print(page: Browser) -> None:
     color = "return getComputedStyle(document.body).backgroundColor"
     seen = []
@@ -523,7 +602,7 @@ def test_pictures_stand_in_their_rows(pictured: Browser) -> None:
     page = pictured
     size = "const i = document.querySelector('#cells-table .detail img'); return [i.naturalWidth, i.offsetHeight]"
     width, height = page.run(size)
-    assert width > 500 and height == 0
+    assert width > 100 and height == 0
     page.click("#pictures a")
     page.run("return new Promise((done) => setTimeout(done, 50))")
     assert page.run(size)[1] > 50
@@ -531,6 +610,20 @@ def test_pictures_stand_in_their_rows(pictured: Browser) -> None:
     assert page.run(SHOWN + ".map((t) => t.dataset.defense)") == ["none", "jpeg"]
     page.size(390, 800)
     assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize(("width", "across"), [(320, 2), (390, 2), (600, 3), (768, 3), (1280, 6)])
+def test_every_panel_of_a_picture_is_in_sight(pictured: Browser, width: int, across: int) -> None:
+    page = pictured
+    page.click("#pictures a")
+    page.size(width, 800)
+    panels = page.run(
+        "return [...document.querySelectorAll('#cells-table .detail:not([hidden]) img')]"
+        ".map((i) => i.getBoundingClientRect()).map((r) => [r.left, r.right, r.top])"
+    )
+    assert len(panels) == 6
+    assert all(0 <= left and right <= width and right - left > 100 for left, right, _ in panels)
+    assert len({top for _, _, top in panels}) == 6 // across
 
 
 def test_paper_has_what_is_folded(pictured: Browser) -> None:
