@@ -325,11 +325,19 @@ class ImageNet(_Files):
         root: folder that holds `val` (or `imagenet/val`).
         split: `val` or `train`.
         size: crop the central square and reduce it to this many pixels a side (64 in some papers).
+        per_class: take the first so many images of each class, by file name; None = all.
     """
 
     def __init__(
-        self, root: str | None = None, split: Literal["val", "train"] = "val", size: int | None = None
+        self,
+        root: str | None = None,
+        split: Literal["val", "train"] = "val",
+        size: int | None = None,
+        per_class: int | None = None,
     ) -> None:
+        if per_class is not None and per_class < 1:
+            raise ValueError(f"per_class: {per_class} is not 1 or more")
+        self.per_class = per_class
         given = data_root(root)
         self.split = split
         self.size = _check_size(size)
@@ -354,7 +362,7 @@ class ImageNet(_Files):
                 f"dataset {self._name()}: {self.root / strange[0]} is not one of ImageNet's thousand WordNet ids "
                 "(n01440764, ...); for other classes use dataset image_folder"
             )
-        return _walk(self.root, {name: labels[name] for name in folders})
+        return _walk(self.root, {name: labels[name] for name in folders}, self.per_class)
 
 
 def _imagenet_names() -> list[str]:
@@ -363,13 +371,14 @@ def _imagenet_names() -> list[str]:
     return list(_IMAGENET_CATEGORIES)
 
 
-def _walk(root: Path, labels: dict[str, int]) -> list[tuple[str, Path, int]]:
+def _walk(root: Path, labels: dict[str, int], most: int | None = None) -> list[tuple[str, Path, int]]:
+    """Identifier, path and label of the images in each folder, at most so many of one."""
     items = []
     for folder, label in labels.items():
         paths = sorted(
             p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
         )
-        items += [(p.relative_to(root).as_posix(), p, label) for p in paths]
+        items += [(p.relative_to(root).as_posix(), p, label) for p in paths[:most]]
     return items
 
 

@@ -287,6 +287,20 @@ def test_nips2017(tmp_path):
 
 
 # -- batches of downsampled ImageNet --------------------------------------------------------------------------------
+def test_imagenet_takes_so_many_of_each_class(tmp_path):
+    for folder in ("n15075141", "n01443537"):
+        for number in (3, 1, 2):
+            write_image(tmp_path / "train" / folder / f"{folder}_{number}.JPEG")
+    some = DATASETS.create("imagenet", {"root": str(tmp_path), "split": "train", "per_class": 2})
+    assert [sample.id for sample in some] == [
+        f"{folder}/{folder}_{number}.JPEG" for folder in ("n01443537", "n15075141") for number in (1, 2)
+    ]
+    assert [sample.target for sample in some] == [1, 1, 999, 999]
+    assert len(DATASETS.create("imagenet", {"root": str(tmp_path), "split": "train"})) == 6
+    with pytest.raises(PluginError, match="per_class: 0 is not 1 or more"):
+        DATASETS.create("imagenet", {"root": str(tmp_path), "per_class": 0})
+
+
 def write_imagenet64(path, labels, form="pickle", protocol=3, **changes):
     """As published: rows of 64x64 red, green and blue values, labels from 1; training batches hold a mean too."""
     content = {
