@@ -127,13 +127,15 @@ def _options(
     )
 
 
-def _open(options: Options, store: Path, absent: bool = False) -> tuple[Plan, Store]:
-    """The plan and its store, which only what `absent` says may be missing."""
+def _open(
+    options: Options, store: Path, absent: bool = False, instead: Callable[[Plan], str] | None = None
+) -> tuple[Plan, Store]:
+    """The plan and its store, which only what `absent` says may be missing (`instead`: what can be read then)."""
     from bench.plan import make_plan
     from bench.store import Store, check_store
 
     plan = make_plan(options)
-    check_store(store, absent)
+    check_store(store, absent, instead(plan) if instead is not None else "")
     return plan, Store(store)
 
 
@@ -660,7 +662,8 @@ def table(
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
     if format == "parquet" and output is None:
         raise GridError("--format parquet needs --output FILE")
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    options = _options(grid, profile, seed, limit, plugin, store)
+    plan, opened = _open(options, store, instead=_comparison if compare == "paper" else None)
     _check_tables(plan)
     specs = plan.grid.tables
     if name is not None:
@@ -676,6 +679,14 @@ def table(
         save(output, parquet(frame))
         return
     write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
+
+
+def _comparison(plan: Plan) -> str:
+    """The comparison with the paper that is shipped for a grid, and "" where none is."""
+    from bench.grid import GRIDS
+
+    path = Path("results", "papers", plan.grid.name, "compare.md")
+    return path.as_posix() if (GRIDS.parent / path).is_file() else ""
 
 
 def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
