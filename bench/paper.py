@@ -40,6 +40,7 @@ __all__ = [
     "comparison_markdown",
     "frame_metric",
     "layout",
+    "no_grid",
     "paper_app",
     "printed_table",
     "render",
@@ -242,6 +243,21 @@ def layout(id: str) -> Layout:
     if id not in _layouts():
         raise GridError(unknown("table", id, _layouts()))
     return _layouts()[id]
+
+
+def no_grid(name: str) -> str:
+    """Why no grid of this name, PAPER_TABLE, can repeat a printed table; "" where nothing is said against it."""
+    from bench.grid import read_yaml
+
+    paper, _, table = name.partition("_")
+    file = ROOT / "not_covered.yaml"
+    if paper not in PAPERS or not file.is_file():
+        return ""
+    id = f"{paper}/{table}"
+    whole = [entry["reason"] for entry in read_yaml(file).get(id, ()) if entry["where"] == {"table": table}]
+    if not whole:
+        return ""
+    return f"no grid repeats {id} ({whole[0]}); `python -m bench paper {id}` prints it"
 
 
 # -- printed tables -------------------------------------------------------------------------------------------------
@@ -854,4 +870,4 @@ def _show(
     ] = None,
 ) -> None:
     """One table in the paper's layout; `bench paper NAME` does the same."""
-    write_text(render(name, format), output)
+    write_text(render(name.lower(), format), output)
