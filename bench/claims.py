@@ -825,7 +825,7 @@ def _results(
     from bench.grid import GRIDS
     from bench.store import check_store
 
-    check_store(store)
+    check_store(store, instead="results/papers/claims.md, and `python -m bench claims --reference`")
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
     opened = []
     for path in chosen:

@@ -127,13 +127,15 @@ def _options(
     )
 
 
-def _open(options: Options, store: Path, absent: bool = False) -> tuple[Plan, Store]:
-    """The plan and its store, which only what `absent` says may be missing."""
+def _open(
+    options: Options, store: Path, absent: bool = False, instead: Callable[[Plan], str] | None = None
+) -> tuple[Plan, Store]:
+    """The plan and its store, which only what `absent` says may be missing (`instead`: what can be read then)."""
     from bench.plan import make_plan
     from bench.store import Store, check_store
 
     plan = make_plan(options)
-    check_store(store, absent)
+    check_store(store, absent, instead(plan) if instead is not None else "")
     return plan, Store(store)
 
 
@@ -171,9 +173,10 @@ def run(
     audit_images: AuditImagesOption = 0,
 ) -> None:
     """Run what a grid lacks, then write and print its tables."""
+    from bench.frame import cell_frame
     from bench.progress import Display
     from bench.runner import environment, overwrite, pending, run_plan
-    from bench.tables import notes
+    from bench.tables import complete, notes
 
     options = _options(grid, profile, seed, limit, plugin, store, batch_size)
     devices = _devices(device)
@@ -181,14 +184,16 @@ def run(
         _train_missing(options, store, devices[0])
     plan, opened = _open(options, store, absent=True)
     _check_tables(plan)
-    check_folder(out_dir or Path("results") / plan.grid.name, "--out")
+    folder = out_dir or Path("results") / plan.grid.name
+    check_folder(folder, "--out")
+    kept = f"{folder} keeps its complete results" if complete(folder) else ""
     if not resume:
         overwrite(plan, opened)
     jobs, cached = pending(plan, opened)
     skipped = sum(cell.skip is not None for cell in plan.cells)
     environment()
     with Display(
-        err, jobs, {c.key: c.label for c in plan.cells}, plan, quiet, store / "failures.log"
+        err, jobs, {c.key: c.label for c in plan.cells}, plan, quiet, store / "failures.log", kept
     ) as display:
         display.say(
             f"{plan.grid.name} on profile {plan.profile}: {len(plan.cells)} cells, {cached} cached, {skipped} skipped, "
@@ -205,21 +210,25 @@ def run(
             devices=devices,
             jobs=jobs,
         )
-    frame, written = _write(plan, opened, out_dir, display.errors)
+    failed = bool(display.errors)
+    frame = cell_frame(plan, opened, display.errors)
+    if not (failed and kept):
+        _write(plan, frame, folder)
     if not quiet:
         _print_tables(plan, frame)
-        for line in notes(frame):
+        # Why cells failed is on the screen already, and below the tables.
+        for line in notes(frame.assign(reason=frame["reason"].where(frame["status"] != "error", ""))):
             out.print(escape(line))
-    err.print(f"wrote {escape(str(written))}")
-    if plan.grid.figures and display.errors:
-        err.print("figures are not drawn: some of their cells may have failed")
-    elif plan.grid.figures:
-        _draw(plan, opened, written, devices[0], None)
+        if not (failed and kept):
+            err.print(f"wrote {escape(str(folder))}")
+        if plan.grid.figures and failed:
+            err.print("figures are not drawn: some of their cells may have failed")
+    if plan.grid.figures and not failed:
+        _draw(plan, opened, folder, devices[0], None, quiet)
     if audit:
         _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
         _report(plan, opened, audit_images)
-    if display.errors:
-        _print_failures(display.errors, display.labels)
+    if failed:
         raise typer.Exit(1 if display.bugs else 2)
 
 
@@ -247,8 +256,6 @@ def _run_extras(
             whole, opened, display, "processes" if pool else "inprocess",
             workers=workers, devices=devices, jobs=jobs, audit=images,
         )  # fmt: skip
-    if display.errors:
-        _print_failures(display.errors, display.labels)
 
 
 def _report(plan: Plan, opened: Store, images: int) -> bool:
@@ -305,16 +312,6 @@ def audit_command(
         raise typer.Exit(1)
 
 
-def _print_failures(errors: dict[str, str], labels: dict[str, str]) -> None:
-    """One line per reason, the cells it hit in short."""
-    reasons: dict[str, list[str]] = {}
-    for key, reason in errors.items():
-        reasons.setdefault(reason, []).append(labels.get(key, key[:12]))
-    for reason, names in reasons.items():
-        shown = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        err.print(f"bench: failed: {escape(reason)} ({escape(shown)})")
-
-
 def _devices(device: str | None) -> tuple[str, ...]:
     import torch
 
@@ -360,14 +357,12 @@ def _check_tables(plan: Plan) -> None:
         check_figures(plan)
 
 
-def _write(plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str]) -> tuple[Any, Path]:
-    """The frame, and the folder its tables were written to."""
+def _write(plan: Plan, frame: Any, folder: Path) -> None:
+    """Write the tables of a frame."""
     from bench.errors import StoreError
-    from bench.frame import VOLATILE, cell_frame
+    from bench.frame import VOLATILE
     from bench.tables import write_tables
 
-    frame = cell_frame(plan, store, errors)
-    folder = out_dir or Path("results") / plan.grid.name
     try:
         write_tables(
             frame.drop(columns=list(VOLATILE)),
@@ -377,7 +372,6 @@ def _write(plan: Plan, store: Store, out_dir: Path | None, errors: dict[str, str
         )
     except OSError as error:
         raise StoreError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
-    return frame, folder
 
 
 def _print_tables(plan: Plan, frame: Any) -> None:
@@ -670,7 +664,8 @@ def table(
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
     if format == "parquet" and output is None:
         raise GridError("--format parquet needs --output FILE")
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    options = _options(grid, profile, seed, limit, plugin, store)
+    plan, opened = _open(options, store, instead=_comparison if compare == "paper" else None)
     _check_tables(plan)
     specs = plan.grid.tables
     if name is not None:
@@ -686,6 +681,14 @@ def table(
         save(output, parquet(frame))
         return
     write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
+
+
+def _comparison(plan: Plan) -> str:
+    """The comparison with the paper that is shipped for a grid, and "" where none is."""
+    from bench.grid import GRIDS
+
+    path = Path("results", "papers", plan.grid.name, "compare.md")
+    return path.as_posix() if (GRIDS.parent / path).is_file() else ""
 
 
 def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
@@ -872,13 +875,15 @@ def figure(
     _draw(plan, opened, folder, _devices(device)[0], names or None)
 
 
-def _draw(plan: Plan, opened: Store, folder: Path, device: str, names: Sequence[str] | None) -> None:
+def _draw(
+    plan: Plan, opened: Store, folder: Path, device: str, names: Sequence[str] | None, quiet: bool = False
+) -> None:
     import torch
 
     from bench.figures.output import write_figures
 
     for path in write_figures(plan, opened, folder, torch.device(device), names):
-        if path.suffix == ".png":
+        if path.suffix == ".png" and not quiet:
             err.print(f"wrote {escape(str(path))}, .svg and .csv")
 
 

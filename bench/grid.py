@@ -243,7 +243,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise GridError(unknown("grid file", str(path), _shipped())) from None
+        from bench.paper import no_grid
+
+        why = no_grid(path.stem.lower())
+        raise GridError(
+            f"unknown grid file '{path}': {why}" if why else unknown("grid file", str(path), _shipped())
+        ) from None
     except IsADirectoryError:
         # results/NAME is written from the grid NAME.
         same = {p.stem: p for p in map(Path, _shipped())}

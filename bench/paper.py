@@ -40,6 +40,7 @@ __all__ = [
     "comparison_markdown",
     "frame_metric",
     "layout",
+    "no_grid",
     "not_covered",
     "paper_app",
     "printed_table",
@@ -154,7 +155,8 @@ def values(paper: str) -> tuple[Value, ...]:
 def _uncovered() -> Mapping[str, Sequence[Mapping[str, Any]]]:
     from bench.grid import read_yaml
 
-    return read_yaml(ROOT / "not_covered.yaml")
+    file = ROOT / "not_covered.yaml"
+    return read_yaml(file) if file.is_file() else {}
 
 
 def not_covered(value: Value) -> str | None:
@@ -259,6 +261,16 @@ def layout(id: str) -> Layout:
     if id not in _layouts():
         raise GridError(unknown("table", id, _layouts()))
     return _layouts()[id]
+
+
+def no_grid(name: str) -> str:
+    """Why no grid of this name, PAPER_TABLE, can repeat a printed table; "" where nothing is said against it."""
+    paper, _, table = name.partition("_")
+    id = f"{paper}/{table}"
+    whole = [entry["reason"] for entry in _uncovered().get(id, ()) if entry["where"] == {"table": table}]
+    if not whole:
+        return ""
+    return f"no grid repeats {id} ({whole[0]}); `python -m bench paper {id}` prints it"
 
 
 # -- printed tables -------------------------------------------------------------------------------------------------
@@ -876,4 +888,4 @@ def _show(
     ] = None,
 ) -> None:
     """One table in the paper's layout; `bench paper NAME` does the same."""
-    write_text(render(name, format), output)
+    write_text(render(name.lower(), format), output)

@@ -30,6 +30,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Consumes executor events; `errors` holds what failed, by job key.
 
+    A failure is one line, when it happens; what else fails for the same reason adds none.
+
     The time left is the estimated cost of what remains, scaled by how the finished part compared with its estimate.
 
     Args:
@@ -38,6 +40,7 @@ class Display:
         labels: cell key -> label; a craft is named after the cells it serves.
         quiet: only warnings and failures.
         log: file that gets the tracebacks of unexpected failures.
+        kept: said with the first failure: what becomes of earlier results.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Display:
         plan: Any,
         quiet: bool = False,
         log: Path | None = None,
+        kept: str = "",
     ) -> None:
         self.console = console
         self.quiet = quiet
@@ -60,6 +64,7 @@ class Display:
         self.skipped: dict[str, str] = {}
         self.bugs = 0
         self.log = log
+        self.kept = kept
         self._part: dict[str, float] = dict.fromkeys(self.jobs, 0.0)
         self._began = time.monotonic()
         self._last_line = self._began
@@ -130,27 +135,30 @@ class Display:
             self._progress.remove_task(self._bars.pop(event.key))
 
     def _on_failed(self, event: Event) -> None:
-        known = event.text in self.errors.values()
-        self.errors[event.key] = event.text
+        said = [event.text]
         if not event.is_user_error:
             self.bugs += 1
-        if event.traceback:
-            self._keep(event)
-        # What stops a craft stops its cells too: once is enough, the last line says what else was hit.
-        if not known:
-            self.warn(f"{self.labels.get(event.key, event.key[:12])}: {event.text}")
+        if event.traceback and self._keep(event):
+            said.append(f"the traceback is in {self.log}")
+        if self.kept and not self.errors:
+            said.append(self.kept)
+        # What stops a craft stops its cells too, and a broken image or model many of them: once is enough.
+        if event.text not in self.errors.values():
+            self.warn(f"{self.labels.get(event.key, event.key[:12])}: {'; '.join(said)}")
+        self.errors[event.key] = event.text
         self._end(event)
 
-    def _keep(self, event: Event) -> None:
+    def _keep(self, event: Event) -> bool:
+        """Whether the traceback is in the log."""
         if self.log is None:
-            return
+            return False
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{self.labels.get(event.key, event.key)}\n{event.traceback}\n")
         except OSError:
-            return
-        self.warn(f"the traceback is in {self.log}")
+            return False
+        return True
 
     def _end(self, event: Event) -> None:
         if event.key in self._part:

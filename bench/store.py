@@ -175,19 +175,23 @@ class Store:
                     yield folder
 
 
-def check_store(root: Path, absent: bool = False) -> None:
+def check_store(root: Path, absent: bool = False, instead: str = "") -> None:
     """Refuse what cannot hold results, rather than to show a grid as not run.
 
     Args:
         root: the folder.
         absent: it may be missing: nothing has to be in it yet.
+        instead: what can be read without a store, for the message.
 
     Raises:
         StoreError: it is missing, or no folder.
     """
     if not root.exists():
         if not absent:
-            raise StoreError(f"--store: there is no folder {root}: run the grid first, or name its store")
+            without = f"; without a store there is {instead}" if instead else ""
+            raise StoreError(
+                f"--store: there is no folder {root}: run the grid first, or name its store{without}"
+            )
     elif not root.is_dir():
         raise StoreError(f"--store: {root} is a file, expected the folder of a store")
 

@@ -35,6 +35,7 @@ __all__ = [
     "Table",
     "TableSpec",
     "build",
+    "complete",
     "long_csv",
     "markdown",
     "notes",
@@ -810,6 +811,15 @@ def markdown(lines: pd.DataFrame, spec: TableSpec, orders: Orders | None = None)
         GridError: as `build`.
     """
     return render(lines, spec, "markdown", orders)
+
+
+def complete(folder: Path) -> bool:
+    """Whether the results in a folder are those of a run in which nothing failed or was left out."""
+    try:
+        found = set(pd.read_csv(folder / "results.csv", usecols=["status"], dtype=str)["status"])
+    except (OSError, ValueError):
+        return False
+    return bool(found) and found <= {"ok", "skip"}
 
 
 def write_tables(

@@ -54,6 +54,8 @@ class Cifar(ModelSource):
             raise ValueError("mean and std go together")
         if size is not None and size < 1:
             raise ValueError(f"size: {size} is not 1 or more")
+        if arch is not None:
+            cifar_nets.check_arch(arch)
         self.path = find_weights(checkpoint, SHIPPED)
         self.given = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "size": size}
 
@@ -109,6 +111,9 @@ class Cifar(ModelSource):
                 raise WeightsError(
                     f"{what}: it says {name} {said[name]}, the profile {name} {self.given[name]}"
                 )
+        if None in (facts["arch"], facts["mean"]):
+            # What a file that is no checkpoint does not say is not worth asking for.
+            load_state(self.path)
         if facts["arch"] is None:
             raise GridError(f"{what}: it does not say which network it is; name it with arch: (wrn-28-10, …)")
         if facts["mean"] is None:

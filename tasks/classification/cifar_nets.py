@@ -232,8 +232,7 @@ class WideResNet(nn.Module):
         self, depth: int = 34, widen: int = 10, num_classes: int = 10, base: int = 16, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth: {depth} is not 4 more than a multiple of 6 (10, 16, 22, 28, 34 ...)")
+        _check_depth(depth)
         count = (depth - 4) // 6
         self.conv1 = nn.Conv2d(3, base, 3, 1, 1, bias=False)
         stages: list[nn.Module] = []
@@ -256,6 +255,11 @@ class WideResNet(nn.Module):
         x = self.relu(self.bn1(self.stages(self.conv1(x))))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
         return logits
+
+
+def _check_depth(depth: int) -> None:
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth: {depth} is not 4 more than a multiple of 6 (10, 16, 22, 28, 34 ...)")
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -281,11 +285,28 @@ def mini_wrn(num_classes: int = 10) -> WideResNet:
 MINI: dict[str, Callable[[int], nn.Module]] = {
     "mini_vgg": mini_vgg, "mini_resnet": mini_resnet, "mini_wrn": mini_wrn,
 }  # fmt: skip
+_WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 #: Names that `build` knows; of WideResNets those in use, any other depth and width will do as well.
 ARCHS: tuple[str, ...] = (
     *(f"vgg-{depth}" for depth in VGG_DEPTHS), *(f"resnet-{depth}" for depth in RESNET_DEPTHS),
     "wrn-16-4", "wrn-28-10", "wrn-28-20", "wrn-34-10", *MINI,
 )  # fmt: skip
+
+
+def check_arch(arch: str) -> None:
+    """Refuse what `build` has no network for.
+
+    Raises:
+        GridError: no such network.
+    """
+    wide = _WIDE.fullmatch(arch)
+    if wide is not None and int(wide[2]) > 0:
+        try:
+            _check_depth(int(wide[1]))
+        except ValueError as error:
+            raise GridError(f"arch '{arch}': {error}") from None
+    elif arch not in ARCHS:
+        raise GridError(f"{unknown('arch', arch, ARCHS)}; WideResNets are wrn-DEPTH-WIDTH")
 
 
 def build(arch: str, num_classes: int = 10) -> nn.Module:
@@ -294,14 +315,10 @@ def build(arch: str, num_classes: int = 10) -> nn.Module:
     Raises:
         GridError: no such network.
     """
-    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
-    if wide is not None and int(wide[2]) > 0:
-        try:
-            return WideResNet(int(wide[1]), int(wide[2]), num_classes)
-        except ValueError as error:
-            raise GridError(f"arch '{arch}': {error}") from None
-    if arch not in ARCHS:
-        raise GridError(f"{unknown('arch', arch, ARCHS)}; WideResNets are wrn-DEPTH-WIDTH")
+    check_arch(arch)
+    wide = _WIDE.fullmatch(arch)
+    if wide is not None:
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes)
     if arch in MINI:
         return MINI[arch](num_classes)
     kind, _, depth = arch.partition("-")
@@ -316,5 +333,5 @@ def smallest_input(network: nn.Module) -> int:
 
 __all__ = [
     "ARCHS", "RESNET_DEPTHS", "VGG", "VGG_DEPTHS", "BasicBlock", "Bottleneck", "ResNet", "WideBlock", "WideResNet",
-    "build", "mini_resnet", "mini_vgg", "mini_wrn", "parameter_count", "smallest_input",
+    "build", "check_arch", "mini_resnet", "mini_vgg", "mini_wrn", "parameter_count", "smallest_input",
 ]  # fmt: skip

@@ -6,10 +6,12 @@ says where data lie, else `./data`. Nothing is downloaded, and files are read on
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import importlib.util
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +65,23 @@ class Published(Dataset):
     def _open(self, folder: Path) -> tuple[Sequence[np.ndarray] | np.ndarray, Sequence[int]]:
         """N images (H, W[, 3]) uint8 and labels, from `folder`."""
 
+    def _damage(self, folder: Path) -> str:
+        """What is not as published: the first such file, where that can be told."""
+        path: Path | None = None
+        with contextlib.suppress(OSError):
+            path = self._damaged(folder)
+        if path is not None and not path.is_file():
+            return f"{path} does not exist; {self.title} has it"
+        return f"{path or folder} is not as published (damaged, cut short or changed)"
+
+    def _damaged(self, folder: Path) -> Path | None:
+        """The first file whose checksum is not the published one, missing files included."""
+        return None
+
+    def _labels_file(self) -> str:
+        """The file that the labels are in, "" where they are in several."""
+        return self._files()[0] if len(self._files()) == 1 else ""
+
     def _folder(self) -> Path:
         for name in self.folders:
             folder = self.root / name
@@ -91,19 +110,16 @@ class Published(Dataset):
             raise
         except Exception as error:
             # torchvision, scipy and pickle fail in many ways on a damaged file, all of which mean just that.
-            what = (
-                "is not as published (damaged, cut short or changed)"
-                if _is_integrity(error)
-                else f"fails: {error}"
-            )
-            raise DataError(f"dataset {self._name()}: reading {folder} {what}") from None
+            what = self._damage(folder) if _is_integrity(error) else f"reading {folder} fails: {error}"
+            raise DataError(f"dataset {self._name()}: {what}") from None
         if len(images) != len(labels):
             raise DataError(
                 f"dataset {self._name()}: {folder} holds {len(images)} images but {len(labels)} labels"
             )
         if len(labels) and not 0 <= min(labels) <= max(labels) < len(self.classes):
             raise DataError(
-                f"dataset {self._name()}: {folder} holds labels outside 0..{len(self.classes) - 1}"
+                f"dataset {self._name()}: {folder / self._labels_file()} holds labels outside "
+                f"0..{len(self.classes) - 1}"
             )
         return images, [int(label) for label in labels]
 
@@ -122,6 +138,22 @@ class Published(Dataset):
     def _fingerprint(self) -> str:
         folder = self._folder()
         return fingerprint_files((name, folder / name) for name in self._files())
+
+
+def _not_idx(path: Path, dimensions: int) -> str:
+    """What is wrong with an idx file of bytes (its head: 0, 0, 8, the number of dimensions, each of them), or ""."""
+    with path.open("rb") as file:
+        head = file.read(4 + 4 * dimensions)
+    if not head:
+        return "is empty, expected an idx file"
+    if not head.startswith(bytes([0, 0, 8, dimensions])):
+        return f"is no idx file of bytes in {dimensions} dimension{'s' if dimensions > 1 else ''}"
+    # A head that is itself cut short reads as sizes that are too small, and is too short all the same.
+    sizes = [int.from_bytes(head[i : i + 4].ljust(4, b"\0"), "big") for i in range(4, 4 + 4 * dimensions, 4)]
+    wanted, held = 4 + 4 * dimensions + math.prod(sizes), path.stat().st_size
+    if held != wanted:
+        return f"is damaged: it holds {held} bytes, its head says {wanted}"
+    return "" if math.prod(sizes) else "is an idx file of no items"
 
 
 def _is_integrity(error: Exception) -> bool:
@@ -148,6 +180,19 @@ class Cifar10(Published):
         reader = self._reader()
         listed = reader.train_list if self.split == "train" else reader.test_list
         return [name for name, _ in listed]
+
+    def _damaged(self, folder: Path) -> Path | None:
+        from torchvision.datasets.utils import check_integrity
+
+        reader = self._reader()
+        meta = (reader.meta["filename"], reader.meta["md5"])
+        # The reader wants those of both splits; ours first.
+        listed = sorted(
+            [*reader.train_list, *reader.test_list], key=lambda entry: entry[0] not in self._files()
+        )
+        return next(
+            (folder / name for name, md5 in [*listed, meta] if not check_integrity(folder / name, md5)), None
+        )
 
     def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
         reader = self._reader()
@@ -188,6 +233,13 @@ class Svhn(Published):
     def _files(self) -> Sequence[str]:
         return [f"{self.split}_32x32.mat"]
 
+    def _damaged(self, folder: Path) -> Path | None:
+        from torchvision.datasets import SVHN
+        from torchvision.datasets.utils import check_integrity
+
+        path = folder / self._files()[0]
+        return None if check_integrity(path, SVHN.split_list[self.split][2]) else path
+
     def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
         from torchvision.datasets import SVHN
 
@@ -209,8 +261,15 @@ class FashionMnist(Published):
         prefix = "train" if self.split == "train" else "t10k"
         return [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
 
+    def _labels_file(self) -> str:
+        return self._files()[1]
+
     def _open(self, folder: Path) -> tuple[np.ndarray, Sequence[int]]:
         from torchvision.datasets import FashionMNIST
+
+        for name, dimensions in zip(self._files(), (3, 1), strict=True):
+            if wrong := _not_idx(folder / name, dimensions):
+                raise DataError(f"dataset {self._name()}: {folder / name} {wrong}")
 
         class Split(FashionMNIST):  # type: ignore[misc]  # torchvision has no types
             """Asks for the files of the wanted split only."""

@@ -459,6 +459,11 @@ def _run_lengths(segmentation: _RunLengths | list[list[float]], size: tuple[int,
     return encoded
 
 
+def _year(value: Any) -> Any:
+    """YAML reads a year as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 @DATASETS.register_module(name="voc")
 class Voc(_Files):
     """PASCAL VOC, boxes only: `Annotations`, `JPEGImages` and `ImageSets/Main/SPLIT.txt`.
@@ -476,7 +481,7 @@ class Voc(_Files):
         self,
         root: str | None = None,
         split: str = "test",
-        year: str = "2007",
+        year: Annotated[str, BeforeValidator(_year)] = "2007",
         classes: list[str] | None = None,
     ) -> None:
         self.root, self.split, self.year = data_root(root), split, year

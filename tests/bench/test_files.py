@@ -10,7 +10,7 @@ import yaml
 
 from bench.errors import StoreError
 from bench.files import check_folder, save, write_text
-from tests.bench.test_run import GRID
+from tests.bench.test_run import GRID, ROOT
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -71,6 +71,22 @@ def test_results_are_not_read_where_no_store_is(bench: Run, grid: Path, command:
         code, out, err = bench(*arguments, "--grid", str(grid), "--store", store)
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"bench: --store: {said}"), err
     assert not (grid.parent / "absent").exists()
+
+
+def test_where_no_store_is_what_is_shipped_is_named(bench: Run, grid: Path) -> None:
+    no_store = "bench: --store: there is no folder .bench: run the grid first, or name its store"
+    code, _, err = bench("claims")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"{no_store}; without a store there is results/papers/claims.md")
+    assert "claims --reference" in err and (ROOT / "results" / "papers" / "claims.md").is_file()
+    for name, there in (("cafd_table1", True), ("cafd_fig1", False)):
+        options = ("--grid", str(ROOT / "grids" / "papers" / f"{name}.yaml"), "--compare", "paper")
+        code, _, err = bench("table", *options)
+        page = f"results/papers/{name}/compare.md"
+        said = f"; without a store there is {page}" if there else ""
+        assert (code, err) == (2, f"{no_store}{said}\n") and (ROOT / page).is_file() == there
+        # What was compared is no answer to another question.
+        assert bench("table", *options[:2])[2] == f"{no_store}\n"
 
 
 def test_what_needs_no_results_needs_no_store(bench: Run, grid: Path) -> None:

@@ -83,6 +83,18 @@ def test_mistakes_are_one_line(tmp_path: Path, old: str, new: str, message: str)
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(GridError, match="unknown grid file"):
         load_grid(tmp_path / "absent.yaml")
+    # Not the table with the nearest name: this one cannot have a grid.
+    for name in ("hgd_table6.yaml", "HGD_Table6.yaml"):
+        with pytest.raises(GridError, match="unknown grid file") as error:
+            load_grid(Path("grids", "papers", name))
+        assert "(a contest that cannot be run again); `python -m bench paper hgd/table6` prints it" in str(
+            error.value
+        )
+        assert "did you mean" not in str(error.value)
+    # Of this one, only cells cannot be measured.
+    with pytest.raises(GridError, match=r"available: .*grids/papers/alignment_table3\.yaml") as error:
+        load_grid(tmp_path / "alignment_table3.yaml")
+    assert "no grid repeats" not in str(error.value)
     with pytest.raises(GridError, match=r"is a folder, expected a grid file, such as grids/table1\.yaml"):
         load_grid(tmp_path)
     (tmp_path / "table1").mkdir()

@@ -244,6 +244,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "new" / "t.md").read_text(encoding="utf-8") == render("cafd/table1")
     main(["paper", "hgd/table6", "-f", "csv"])
     assert capsys.readouterr().out == render("hgd/table6", "csv")
+    for name in (["HGD/Table3"], ["show", "hgd/TABLE3"]):
+        main(["paper", *name])
+        assert capsys.readouterr().out == render("hgd/table3")
 
 
 def test_an_unknown_table_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -374,6 +374,79 @@ def test_a_failing_cell_does_not_stop_the_others(bench: Run, grid: Path) -> None
     }
 
 
+def broken_profile(folder: Path, unreadable: bool, fail: bool) -> str:
+    """A profile whose target cannot read an image, whose source cannot be loaded, or both."""
+    profile = yaml.safe_load((PLUGINS / "toy_profile.yaml").read_text())
+    if unreadable:
+        profile["roles"]["classification"]["dataset"] = {"name": "toy_images", "poison": "unreadable"}
+    profile["roles"]["source"]["model"] = {"name": "toy_linear", "scale": 0.3, "fail": fail}
+    (folder / "broken.yaml").write_text(yaml.safe_dump(profile))
+    return str(folder / "broken.yaml")
+
+
+UNREADABLE = "dataset toy_images, image toy-1 cannot be read: truncated file"
+NO_FILE = "toy.pth: no such file; put it there"
+
+
+@pytest.mark.parametrize(
+    ("workers", "reasons"), [("1", [UNREADABLE]), ("1", [NO_FILE]), ("2", [UNREADABLE, NO_FILE])]
+)
+def test_a_fault_that_shows_in_the_run_is_one_line(
+    bench: Run, grid: Path, workers: str, reasons: list[str]
+) -> None:
+    profile = broken_profile(grid.parent, UNREADABLE in reasons, NO_FILE in reasons)
+    options = ("run", "--grid", str(grid), "--profile", profile, "--workers", workers, "--out", "o")
+    code, out, err = bench(*options, "--store", "quiet", "--quiet")
+    assert (code, out) == (2, "")
+    said = [line for line in err.splitlines() if line]
+    assert len(said) == len(reasons), err
+    for reason in reasons:
+        (line,) = [line for line in said if line.endswith(reason)]
+        assert line.startswith("bench: ") and "classification / " in line
+    # The tables say what is missing from them, and the number of cells comes last, without the reasons.
+    code, out, err = bench(*options, "--store", "loud")
+    assert code == 2 and err.count("bench: ") == len(reasons) and err.endswith("wrote o\n")
+    assert all(err.count(reason) == 1 for reason in reasons)
+    last = [line for line in out.splitlines() if line.endswith(" failed")]
+    assert len(last) == 1 and not any(reason in out.split(last[0])[1] for reason in reasons)
+    assert any(
+        f"failed: {reasons[0]}" in text for text in map(bytes.decode, files(grid.parent / "o").values())
+    )
+
+
+def test_a_quiet_run_says_nothing(bench: Run, grid: Path) -> None:
+    arguments = ("--grid", str(grid), "--store", "s", "--out", "o", "--workers", "1", "--quiet")
+    assert bench("run", *arguments) == (0, "", "")
+    assert (grid.parent / "o" / "README.md").is_file()
+
+
+def test_a_failed_run_leaves_complete_results_as_they_are(bench: Run, grid: Path) -> None:
+    good = run(bench, grid)
+    profile = broken_profile(grid.parent, unreadable=True, fail=True)
+    broken = ("run", "--grid", str(grid), "--store", "s", "--profile", profile, "--workers", "1")
+    code, _, err = bench(*broken, "--out", "out")
+    assert code == 2 and files(grid.parent / "out") == good
+    faults = [line for line in err.splitlines() if line.startswith("bench: ")]
+    assert len(faults) == 2 and "wrote" not in err
+    # Said once, with the first fault.
+    assert err.count("keeps its complete results") == 1
+    assert faults[0].endswith("; out keeps its complete results")
+    assert bench(*broken, "--out", "out", "--quiet")[2].count("\n") == 2
+    assert files(grid.parent / "out") == good
+
+    # A new folder, and one that is incomplete already, get what there is.
+    code, _, err = bench(*broken, "--out", "new")
+    assert code == 2 and "wrote new" in err and "keeps" not in err
+    first = files(grid.parent / "new")
+    assert "error" in first["results.csv"].decode()
+    (grid.parent / "new" / "README.md").unlink()
+    code, _, err = bench(*broken, "--out", "new")
+    assert code == 2 and "keeps" not in err and files(grid.parent / "new") == first
+    # A run without faults replaces either.
+    assert run(bench, grid, out="new") == good
+    assert run(bench, grid, "--limit", "5") != good
+
+
 def test_a_bug_is_exit_1_and_keeps_its_traceback(bench: Run, grid: Path) -> None:
     (grid.parent / "buggy.py").write_text(
         "from bench.protocols import Defense\nfrom bench.registry import DEFENSES\n"
@@ -388,6 +461,8 @@ def test_a_bug_is_exit_1_and_keeps_its_traceback(bench: Run, grid: Path) -> None
     grid.write_text(yaml.safe_dump(spec))
     code, out, err = bench("run", "--grid", str(grid), "--store", "s", "--out", "o")
     assert code == 1 and "AttributeError" in err and "Traceback" not in err and "none" in out
+    (line,) = [line for line in err.splitlines() if line.startswith("bench: ")]
+    assert line.endswith("; the traceback is in s/failures.log")
     assert "Traceback" in (grid.parent / "s" / "failures.log").read_text()
 
 

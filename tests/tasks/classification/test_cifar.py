@@ -221,14 +221,24 @@ def test_wrong_checkpoints_are_refused_in_one_line(checkpoint: Path, tmp_path: P
     refused({**named, "num_classes": 10}, "it has 7 classes, num_classes says 10")
     refused({**named, "arch": "mini_wrn"}, "arch mini_wrn: a checkpoint of another model: .* missing")
     refused({**named, "arch": "mini-wrn"}, "unknown arch 'mini-wrn': did you mean 'mini_wrn'")
+    # Whatever the file, and without advice that cannot work.
+    for file in (str(bare), str(tmp_path / "no.pt")):
+        text = refused({"checkpoint": file, "arch": "wrn-33-10"}, r"arch 'wrn-33-10': .*\(10, 16, 22, 28, 34")
+        assert "train-target" not in text
 
     torch.save({"features.0.weight": torch.zeros(1)}, bare)
     refused(named, "no mini_vgg of the CIFAR kind")
     torch.save(Path, bare)
     with pytest.raises(WeightsError, match="refused: its pickle asks for pathlib"):
         MODELS.create("cifar", named).load(CPU)
+    # First of all, whether it is a checkpoint; what it does not say comes after.
+    untold = ({"checkpoint": str(bare), "arch": "mini_vgg"}, {"checkpoint": str(bare)})
+    for params in untold:
+        assert "does not say" not in refused(params, "refused: its pickle asks for pathlib")
     bare.write_bytes(b"no checkpoint")
     refused(named, "damaged, truncated or no checkpoint")
+    for params in untold:
+        refused(params, "damaged, truncated or no checkpoint")
 
 
 # -- shipped ----------------------------------------------------------------------------------------------------------

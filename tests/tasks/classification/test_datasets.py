@@ -80,9 +80,30 @@ def test_changed_cifar_is_refused_unopened(tmp_path, monkeypatch):
     # A pickle that would run code: the checksum must stop it before it is opened.
     (folder / "test_batch").write_bytes(b"cbuiltins\nexec\n(S'raise SystemExit'\ntR.")
     dataset = DATASETS.create("cifar10", {"root": str(tmp_path)})
-    with pytest.raises(DataError, match="not as published") as error:
+    with pytest.raises(DataError, match=f"cifar10: {folder}/test_batch is not as published"):
         len(dataset)
-    assert str(folder) in str(error.value)
+
+
+def test_the_damaged_file_of_cifar_is_named(tmp_path, monkeypatch):
+    names = list(DATASETS.create("cifar10").classes)
+    folder, _ = write_cifar(
+        tmp_path, monkeypatch, torchvision.datasets.CIFAR10, "labels", "label_names", names
+    )
+
+    def refused(message, split="test"):
+        with pytest.raises(DataError, match=message):
+            len(DATASETS.create("cifar10", {"root": str(tmp_path), "split": split}))
+
+    # The reader wants the batches of both splits; those of the split come first.
+    (folder / "batches.meta").write_bytes(b"")
+    refused(f"cifar10: {folder}/batches.meta is not as published")
+    (folder / "data_batch_3").write_bytes(b"")
+    refused(f"cifar10: {folder}/data_batch_3 is not as published")
+    (folder / "test_batch").write_bytes(b"")
+    refused(f"cifar10: {folder}/test_batch is not as published")
+    refused(f"cifar10: {folder}/data_batch_3 is not as published", "train")
+    (folder / "data_batch_2").unlink()
+    refused(f"{folder}/data_batch_2 does not exist; the extracted cifar-10", "train")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +120,7 @@ def test_wrong_cifar(tmp_path, monkeypatch, name, reader, key, meta_key, high):
     content = pickle.dumps({"data": pixels(2, 3072), key: [0, high]}, protocol=2)
     (folder / test).write_bytes(content)
     monkeypatch.setattr(reader, "test_list", [[test, hashlib.md5(content).hexdigest()]])
-    with pytest.raises(DataError, match=f"{folder} holds labels outside 0..{high - 1}"):
+    with pytest.raises(DataError, match=f"{folder}/{test} holds labels outside 0..{high - 1}"):
         len(DATASETS.create(name, {"root": str(tmp_path)}))
     (folder / test).unlink()
     with pytest.raises(DataError, match=f"{folder}/{test} does not exist"):
@@ -150,10 +171,10 @@ def test_wrong_svhn(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"{tmp_path}/train_32x32.mat does not exist"):
         len(DATASETS.create("svhn", {"root": str(tmp_path), "split": "train"}))
     write_svhn(path, monkeypatch, labels=(1, 11, 3, 4))
-    with pytest.raises(DataError, match=f"{tmp_path} holds labels outside 0..9"):
+    with pytest.raises(DataError, match=f"{path} holds labels outside 0..9"):
         len(DATASETS.create("svhn", {"root": str(tmp_path)}))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=f"reading {tmp_path} is not as published"):
+    with pytest.raises(DataError, match=f"svhn: {path} is not as published"):
         len(DATASETS.create("svhn", {"root": str(tmp_path)}))
 
 
@@ -171,10 +192,47 @@ def test_truncated_fashion_mnist(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     file = raw / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match=str(raw)):
+    with pytest.raises(DataError, match=f"{file} is damaged: it holds 3836 bytes, its head says 3936"):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
     (raw / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="t10k-labels-idx1-ubyte does not exist"):
+        len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions"),
+    [("t10k-images-idx3-ubyte", "3 dimensions"), ("t10k-labels-idx1-ubyte", "1 dimension")],
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty, expected an idx file"),
+        (b"no idx file, whatever its name", "is no idx file of bytes in {}$"),
+        (struct.pack(">II", 0x802, 5), "is no idx file of bytes in {}$"),
+        (b"\0\0\x08", "is no idx file of bytes in {}$"),
+    ],
+)
+def test_what_is_no_idx_file_is_named(tmp_path, name, dimensions, content, said):
+    write_fashion(tmp_path)
+    file = tmp_path / "FashionMNIST" / "raw" / name
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"fashion_mnist: {file} {said.format(dimensions)}"):
+        len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("t10k-images-idx3-ubyte", [0, 0, 8, 3]), ("t10k-labels-idx1-ubyte", [0, 0, 8, 1])]
+)
+@pytest.mark.parametrize("more", [b"", b"\0", b"\0\0\0\0", b"\xff" * 40])
+def test_a_short_head_and_wrong_sizes_are_damage(tmp_path, name, start, more):
+    write_fashion(tmp_path)
+    file = tmp_path / "FashionMNIST" / "raw" / name
+    file.write_bytes(bytes(start) + more)
+    if (start[-1], more) == (1, b"\0\0\0\0"):
+        said = f"{file} is an idx file of no items"
+    else:
+        said = f"{file} is damaged: it holds {4 + len(more)} bytes, its head says "
+    with pytest.raises(DataError, match=said):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
 
 
@@ -182,7 +240,7 @@ def test_wrong_label_of_fashion_mnist(tmp_path):
     _, labels = write_fashion(tmp_path)["t10k"]
     raw = tmp_path / "FashionMNIST" / "raw"
     (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 5) + bytes([*labels[:4], 10]))
-    with pytest.raises(DataError, match=f"{raw} holds labels outside 0..9"):
+    with pytest.raises(DataError, match=f"{raw}/t10k-labels-idx1-ubyte holds labels outside 0..9"):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path)}))
     with pytest.raises(DataError, match=f"{raw}/train-images-idx3-ubyte does not exist"):
         len(DATASETS.create("fashion_mnist", {"root": str(tmp_path), "split": "train"}))

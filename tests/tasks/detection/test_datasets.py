@@ -522,6 +522,15 @@ def test_voc_years_together(tmp_path: Path) -> None:
         Voc(root=str(path.parents[1]), split="trainval", year="2007+2012").ids()
 
 
+def test_a_voc_year_may_be_a_number() -> None:
+    text, number = (DATASETS.create("voc", {"year": year}) for year in ("2007", 2007))
+    assert number.params == text.params == DATASETS.create("voc").params
+    assert number.year == "2007" and number.params["year"] == "2007"
+    for wrong in (True, 2007.0, [2007]):
+        with pytest.raises(PluginError, match="year: expected a string"):
+            DATASETS.create("voc", {"year": wrong})
+
+
 def test_wrong_voc_lists_and_images(tmp_path: Path) -> None:
     folder = write_voc(tmp_path, "2007", "trainval", "000005").parents[1]
     with pytest.raises(
