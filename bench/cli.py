@@ -67,7 +67,10 @@ AuditImagesOption = Annotated[
     int, typer.Option("--audit-images", min=0, help="Images of the extra cells; 0 = 100, 24 or 20 by task.")
 ]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder for tables and figures; default results/GRID.")
+    Path | None,
+    typer.Option(
+        "--out", help="Folder for tables and figures; default results/GRID, where the shipped ones are."
+    ),
 ]
 DEFAULT_STORE = Path(".bench")
 CHECKPOINTS = "checkpoints"
@@ -139,6 +142,15 @@ def _open(
     return plan, Store(store)
 
 
+def _results(plan: Plan) -> Path:
+    """The default folder of a grid's results: results/NAME, for those of grids/papers/ results/papers/NAME."""
+    from bench.grid import GRIDS
+
+    place = plan.options.grid.resolve().parent
+    below = place.relative_to(GRIDS) if place.is_relative_to(GRIDS) else Path()
+    return Path("results") / below / plan.grid.name
+
+
 # -- run ------------------------------------------------------------------------------------------------------------
 @app.command()
 def run(
@@ -184,7 +196,7 @@ def run(
         _train_missing(options, store, devices[0])
     plan, opened = _open(options, store, absent=True)
     _check_tables(plan)
-    folder = out_dir or Path("results") / plan.grid.name
+    folder = out_dir or _results(plan)
     check_folder(folder, "--out")
     kept = f"{folder} keeps its complete results" if complete(folder) else ""
     if not resume:
@@ -870,7 +882,7 @@ def figure(
     plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     if not plan.grid.figures:
         raise GridError(f"{grid}: no figures (key `figures`)")
-    folder = out_dir or Path("results") / plan.grid.name
+    folder = out_dir or _results(plan)
     check_folder(folder, "--out")
     _draw(plan, opened, folder, _devices(device)[0], names or None)
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.cli import _results
+from bench.grid import GRIDS
 from bench.plan import Options, Plan, make_plan
 from bench.runner import cell_record, craft_record, pending, work
 from bench.store import Store
@@ -97,6 +99,13 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
     store = Store(grid.parent / "store")
     assert len(list(store.find("crafts"))) == len(plan.crafts())
     assert pending(plan, store) == ([], len([c for c in plan.cells if not c.skip]))
+
+
+def test_results_lie_as_the_shipped_grids_do(grid: Path) -> None:
+    """What a clone has under results/ is what its grids write."""
+    for path in (GRIDS / "table1.yaml", *sorted((GRIDS / "papers").glob("*_fig1.yaml"))):
+        assert list((GRIDS.parent / _results(make_plan(Options(path)))).glob("*.md"))
+    assert _results(make_plan(Options(grid))) == Path("results/toy")
 
 
 def test_estimates_say_how_much_of_them_is_a_guess(bench: Run, grid: Path) -> None:
