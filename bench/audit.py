@@ -194,7 +194,12 @@ def _variants(attack: Attack, task: str) -> list[tuple[str, str, Attack]]:
     if task == "classification" and attack.eps is not None and attack.target is None:
         square = {"eps": str(attack.eps), "norm": attack.norm, "queries": 1000}
         out.append(("V12", "square", _make("square", square)))
-        losses = [vary(attack, loss=loss) for loss in ("ce", "margin", "dlr") if loss != params.get("loss")]
+        # APGD's target classes belong to the loss that is left out here.
+        default = {p.name: p.default for p in ATTACKS.parameters(attack.name)}
+        own = {"classes": default["classes"]} if attack.name == "apgd" else {}
+        losses = [
+            vary(attack, loss=loss, **own) for loss in ("ce", "margin", "dlr") if loss != params.get("loss")
+        ]
         out.extend(("V16", f"loss {a.params['loss']}", a) for a in losses if a is not None)
         out.append(("V16", "target next", vary(attack, target="next")))
     elif task == "segmentation" and attack.eps is not None and "steps" in params:
