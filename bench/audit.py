@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -499,7 +500,7 @@ def audit(plan: Plan, store: Store, images: int = 0) -> Audit:
     stopped = [(c, reason) for c in cells.values() if c.key not in stored and (reason := broken(store, c))]
     if not stored and not stopped:
         raise BenchError(
-            f"nothing of {plan.options.grid} has run: python -m bench run --grid {plan.options.grid}"
+            f"nothing of {plan.options.grid} has run: python -m bench run --grid {_given(plan, store)}"
         )
     judged = {key: list(found) for key, found in stored.items()}
     not_run = {cell.key for cell, _ in stopped}
@@ -548,11 +549,9 @@ def _unique(found: Iterable[Finding]) -> list[Finding]:
     return sorted(out.values(), key=lambda f: (not f.suspect, int(FLAGS[f.flag].check[1:])))
 
 
-def report(result: Audit, plan: Plan) -> list[str]:
-    """The audit as lines of text."""
-    grid = plan.options.grid
-    if grid.is_absolute() and grid.is_relative_to(Path.cwd()):
-        grid = grid.relative_to(Path.cwd())  # the same text on every machine
+def report(result: Audit, plan: Plan, store: Store) -> list[str]:
+    """The audit as lines of text; its commands run as they are."""
+    given = _given(plan, store)
     lines = [
         f"{plan.grid.name} on profile {plan.profile}: {len(result.judged)} cells judged, "
         f"{len(result.suspect)} suspect, {len(result.stopped)} stopped by a hard check, {len(result.waiting)} not run"
@@ -567,7 +566,7 @@ def report(result: Audit, plan: Plan) -> list[str]:
             mark = "" if finding.suspect else "note: "
             lines.append(f"  {flag.check} {finding.flag}: {mark}{flag.text}{numbers}")
             if finding.suspect:
-                lines.append(f"      next: {_next(flag.next, cell)}")
+                lines.append(f"      next: {_next(flag.next, cell, given)}")
     quiet = [(cell, found) for cell, found in result.judged if found and not any(f.suspect for f in found)]
     if quiet:
         lines += ["", "Notes, which make nothing suspect:"]
@@ -575,17 +574,38 @@ def report(result: Audit, plan: Plan) -> list[str]:
             notes = "; ".join(f"{FLAGS[f.flag].check} {f.flag} ({f.detail})" for f in found)
             lines.append(f"  {cell.label}: {notes}")
     if result.unchecked:
-        lines += ["", f"Not checked (python -m bench audit --grid {grid} --costly):"]
+        lines += ["", f"Not checked (python -m bench audit {given} --costly):"]
         lines += [f"  {check}: {what}" for check, what in result.unchecked.items()]
     if result.not_applicable:
         lines += ["", "Not applicable:", *(f"  {reason}" for reason in result.not_applicable)]
     return lines
 
 
-def _next(text: str, cell: Cell) -> str:
-    for word, value in (("LEVEL", cell.level), ("MODEL", cell.target.model.name), ("CELL", cell.key[:12])):
+def _next(text: str, cell: Cell, given: str) -> str:
+    for word, value in (
+        ("LEVEL", cell.level),
+        ("MODEL", cell.target.model.name),
+        ("CELL", cell.key[:12]),
+        ("GRID", given),
+    ):
         text = text.replace(word, value)
     return text
+
+
+def _given(plan: Plan, store: Store) -> str:
+    """The grid and what else the plan was made with, as words of a command line."""
+    options, home = plan.options, Path.cwd()
+    grid, root = (
+        path.relative_to(home) if path.is_absolute() and path.is_relative_to(home) else path
+        for path in (options.grid, store.root)
+    )  # the same text on every machine
+    words = [str(grid)]
+    words += ["--profile", options.profile] if options.profile is not None else []
+    words += ["--seed", str(options.seed)] if options.seed is not None else []
+    words += ["--limit", str(options.limit)] if options.limit is not None else []
+    words += ["--store", str(root)] if root != Path(".bench") else []  # the default
+    words += [word for plugin in options.plugins for word in ("--plugin", plugin)]
+    return shlex.join(words)
 
 
 def grid_of(what: Path) -> Path:

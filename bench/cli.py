@@ -256,7 +256,7 @@ def _report(plan: Plan, opened: Store, images: int) -> bool:
     from bench.audit import audit, report
 
     result = audit(plan, opened, images)
-    for line in report(result, plan):
+    for line in report(result, plan, opened):
         out.print(escape(line))
     return result.sound
 
