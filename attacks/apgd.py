@@ -40,8 +40,8 @@ class APGD(Attack):
         eps: radius in [0,1] pixel units.
         steps: number of steps N of a run.
         restarts: random starts; images fooled by one take no part in the next.
-        classes: target classes of `dlr_targeted`, at most the wrong classes that the model has; the published 9 stands
-            for all of them where there are fewer.
+        classes: target classes of `dlr_targeted`, and of it alone; at most the wrong classes that the model has; the
+            published 9 stands for all of them where there are fewer.
         rho: share of rising steps below which the step size halves.
         momentum: weight of the new step against the last one, 0.75 as published.
         target: rule for a wrong target to reach; None = untargeted.
@@ -71,6 +71,10 @@ class APGD(Attack):
         if target is not None and loss == "dlr_targeted":
             raise ValueError(
                 "loss 'dlr_targeted' picks its targets itself: use ce, dlr or margin with a target rule"
+            )
+        if classes != CLASSES and loss != "dlr_targeted":
+            raise ValueError(
+                f"classes: {classes} belongs to loss dlr_targeted, loss '{loss}' has no target classes"
             )
         check_radius(norm, eps)
         self.loss, self.norm, self.eps, self.target = loss, norm, eps, target

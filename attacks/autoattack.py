@@ -45,7 +45,8 @@ class AutoAttack(Attack):
     cells together with the level at which they were crafted, or ask for `failed: best`.
 
     The library draws from torch's global generator and makes one stream serve a whole batch. Each image is therefore
-    attacked by itself under its own seed; the generator is put back afterwards.
+    attacked by itself under its own seed; the generator is put back afterwards. It takes its gradients itself: backward
+    passes are not counted (rows say 0).
 
     Args:
         version: `standard`, `plus` or `rand`.
@@ -64,6 +65,7 @@ class AutoAttack(Attack):
     needs = frozenset({"gradient", "logits"})
     monotone = False
     stochastic = True
+    counts_backwards = False
 
     def __init__(
         self,

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import operator
 import re
+import types
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from attacks.iterative import Radius
 from attacks.projections import check_radius, make_projection
 from attacks.scores import as_labels, fooled
 from attacks.wrapped import OracleModel, contained
-from bench.errors import CheckError, PluginError, unknown
+from bench.errors import CheckError, GridError, PluginError, reason, unknown
 from bench.protocols import Attack, ImageRNG, Oracle
 from bench.registry import ATTACKS
 from bench.units import parse_fraction
 
 NormName = Literal["linf", "l2"]
+T = TypeVar("T")
 
 _COUNTS = re.compile(r"(^|_)(steps|iters?|iterations?|n_queries|max_queries)$")
 """How libraries call numbers of steps."""
 _KURAKIN = ("BIM", "steps")
 """torchattacks reads 0 steps here as the rule of Kurakin et al. 2017, min(255 eps + 4, 1.25 * 255 eps)."""
+_CLASSES = ("candidates", "n_classes", "nb_grads")
+"""How foolbox, torchattacks and ART call numbers of classes; foolbox and ART cut what is too large, silently."""
+_PACKAGES = ("art", "foolbox", "torchattacks")
+_BESIDE = (
+    "; or bash tools/libraries.sh, then PYTHONPATH=.libraries before the command (robustbench there then hides the "
+    "installed one)"
+)
 
 
 class _Library(ABC):
@@ -41,11 +55,16 @@ class _Library(ABC):
     install: ClassVar[str]
     #: Attacks that ask for scores or decisions alone; they run against pipelines without a gradient.
     gradient_free: ClassVar[frozenset[str]]
+    #: Attacks that cannot run here, and why.
+    refused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, name: str, params: Mapping[str, Any], targeted: bool) -> None:
         if importlib.util.find_spec(self.package) is None:
             raise PluginError(f"library '{self.package}' is not installed: {self.install}")
-        classes = self._classes(importlib.import_module(self.module))
+        module = _with_packages(f"library '{self.package}'", lambda: importlib.import_module(self.module))
+        classes = self._classes(module)
+        if name in self.refused:
+            raise PluginError(f"{self.package}'s {name} {self.refused[name]}")
         if name not in classes:
             raise PluginError(unknown(f"attack of {self.package}", name, classes))
         self.cls, self.targeted = classes[name], targeted
@@ -54,6 +73,18 @@ class _Library(ABC):
             if key not in self.accepted:
                 raise PluginError(unknown(f"parameter of {self.package}'s {name}", key, self.accepted))
         self.params = {key: _plain(value) for key, value in params.items()}
+        annotations = _annotations(self.cls)
+        for key, value in self.params.items():
+            # A class may have None as its own default where the annotation forgets it; distances go by name.
+            if (
+                key in annotations
+                and key != "distance"
+                and not (value is None and self.accepted[key] is None)
+            ):
+                try:
+                    self.params[key] = _checked(annotations[key], value, params[key])
+                except ValueError as error:
+                    raise PluginError(f"{self.package}'s {name}, params.{key}: {error}") from None
         for key, value in self.params.items():
             # The libraries run with none, and do nothing.
             if (
@@ -84,6 +115,10 @@ class _Library(ABC):
 class _Foolbox(_Library):
     package, module = "foolbox", "foolbox.attacks"
     install = "pip install foolbox"
+    refused: ClassVar[Mapping[str, str]] = {
+        "BinarizationRefinementAttack": "refines the images of another attack (starting_points): it gets none here",
+        "DatasetAttack": "has to be fed with images of other classes first: it gets none here",
+    }
     gradient_free = frozenset(
         "BinarizationRefinementAttack BinarySearchContrastReductionAttack BoundaryAttack GaussianBlurAttack GenAttack "
         "HopSkipJumpAttack InversionAttack L2AdditiveGaussianNoiseAttack L2AdditiveUniformNoiseAttack "
@@ -96,6 +131,8 @@ class _Foolbox(_Library):
 
     def __init__(self, name: str, params: Mapping[str, Any], targeted: bool) -> None:
         super().__init__(name, params, targeted)
+        if name == "GenAttack" and not targeted:
+            raise PluginError("foolbox's GenAttack needs a target, such as target: next")
         from foolbox import distances
 
         if "distance" in self.params:
@@ -106,13 +143,12 @@ class _Foolbox(_Library):
             self.params["distance"] = named[wanted]
         if targeted and "DeepFool" in name:
             raise PluginError(f"foolbox's {name} ignores targets: it cannot be targeted")
-        self.instance = self.cls(**self.params)
+        self.instance = _with_packages(f"foolbox's {name}", lambda: self.cls(**self.params))
 
     def _classes(self, module: Any) -> dict[str, type]:
         base = module.base.Attack
         found = inspect.getmembers(module, lambda c: inspect.isclass(c) and issubclass(c, base))
-        # DatasetAttack has to be fed with images of other classes first.
-        return {name: cls for name, cls in found if cls is not base and name != "DatasetAttack"}
+        return {name: cls for name, cls in found if cls is not base and name not in self.refused}
 
     def norm(self, eps: float | None) -> NormName | None:
         from foolbox.attacks.base import FixedEpsilonAttack
@@ -142,11 +178,15 @@ class _Foolbox(_Library):
         )
         try:
             extra = {} if isinstance(self.instance, SpatialAttack) else {"epsilons": eps}
-            _, clipped, _ = self.instance(wrapped, image, goal, **extra)
+            made, clipped, _ = self.instance(wrapped, image, goal, **extra)
         except ValueError as error:
             if "init_attack failed" not in str(error):
                 raise
             # Its search found nothing to start from: the image is not fooled.
+            return image
+        # These two collect successes in an array that starts as `zeros_like(image)` (`best_advs`): all zeros, before
+        # they are clipped to eps, mean that there was none.
+        if self.cls.__name__ in ("EADAttack", "L2CarliniWagnerAttack") and not made.any():
             return image
         out: Tensor = clipped
         return out
@@ -156,15 +196,18 @@ class _Torchattacks(_Library):
     package = module = "torchattacks"
     install = (
         "pip install --no-deps torchattacks==3.5.1, best into an environment of its own: the wheel overwrites the "
-        "package robustbench"
+        "package robustbench" + _BESIDE
     )
+    refused: ClassVar[Mapping[str, str]] = {
+        "LGV": "trains models first, on data it gets none of here",
+        "MultiAttack": "takes other attacks, not a victim",
+    }
     gradient_free = frozenset({"GN", "OnePixel", "Pixle", "SPSA", "Square"})
 
     def _classes(self, module: Any) -> dict[str, type]:
         base = importlib.import_module("torchattacks.attack").Attack
         found = inspect.getmembers(module, lambda c: inspect.isclass(c) and issubclass(c, base))
-        # These take other attacks, not a victim.
-        return {name: cls for name, cls in found if cls is not base and name not in ("MultiAttack", "LGV")}
+        return {name: cls for name, cls in found if cls is not base and name not in self.refused}
 
     def norm(self, eps: float | None) -> NormName | None:
         name = self.cls.__name__
@@ -192,7 +235,7 @@ class _Torchattacks(_Library):
 
 class _ART(_Library):
     package, module = "art", "art.attacks.evasion"
-    install = "pip install adversarial-robustness-toolbox"
+    install = "pip install adversarial-robustness-toolbox" + _BESIDE
     gradient_free = frozenset(
         "BoundaryAttack GeoDA HopSkipJump PixelAttack SignOPTAttack SimBA SpatialTransformation SquareAttack "
         "ThresholdAttack ZooAttack".split()
@@ -243,9 +286,9 @@ class LibraryAttack(Attack):
     The library sees the oracle as a network that returns logits for images in [0,1], so every level works, with these
     limits: the threat model's `eot` does not carry over (each call of the network is one draw of a stochastic
     defense; use attacks that average themselves), gradients are not watched for zeros, backward passes are not
-    counted, and input diversity or other parts of our loop cannot be combined with it. Results are projected onto the
-    budget, where there is one. Attacks run on one image at a time under its own seed, since libraries draw from global
-    generators: slower than a batch, but no image's result depends on another.
+    counted (rows say 0), and input diversity or other parts of our loop cannot be combined with it. Results are
+    projected onto the budget, where there is one. Attacks run on one image at a time under its own seed, since
+    libraries draw from global generators: slower than a batch, but no image's result depends on another.
 
     Where libraries go wrong: torchattacks' CW freezes pixels that are 0 or 1 and has no binary search, its DIFGSM and
     TIFGSM need `decay` and `diversity_prob` set, its RFGSM takes 10 steps; ART's AutoAttack is not AutoAttack.
@@ -261,12 +304,14 @@ class LibraryAttack(Attack):
             leave it open is `distance: l2`.
         target: rule for a wrong target to reach; None = untargeted.
         failed: an image that was not fooled is `kept` as the library left it or comes back `clean`; None = `kept`
-            with an eps, `clean` without.
+            with an eps, `clean` without. It is clean in any case where the library has none to give: foolbox's C&W
+            and EAD return zeros then.
     """
 
     tasks = frozenset({"classification"})
     stochastic = True
     monotone = False
+    counts_backwards = False
 
     def __init__(
         self,
@@ -297,12 +342,23 @@ class LibraryAttack(Attack):
         distribution = names.get(self._attack.package, self._attack.package)
         return {**super().identity(), "library": f"{distribution} {importlib.metadata.version(distribution)}"}
 
+    def check_classes(self, num_classes: int) -> None:
+        for key in _CLASSES:
+            given = self._attack.params.get(key)
+            if isinstance(given, int) and given > max(2, num_classes):
+                raise GridError(
+                    f"{self._label}, params.{key}: {given} is more than the {num_classes} classes of the model"
+                )
+
     def run(self, oracle: Oracle, images: Tensor, targets: Sequence[Any], rng: ImageRNG) -> Tensor:
         """Adversarial images (B, 3, H, W) in [0,1].
 
         Raises:
             CheckError: the library refused the image, the labels or the parameters; its own words are quoted.
+            GridError: more classes asked for than the victim has.
+            PluginError: the library lacks a package.
         """
+        self.check_classes(oracle.num_classes)
         clean = images.detach()
         labels = as_labels(targets, clean.device)
         outs = [
@@ -315,7 +371,10 @@ class LibraryAttack(Attack):
         model = OracleModel(oracle, image)
         try:
             with contained(seed, image.device):
-                made = self._attack.attack(model, image.clone(), label, oracle.num_classes, self._eps)
+                made = _with_packages(
+                    self._label,
+                    lambda: self._attack.attack(model, image.clone(), label, oracle.num_classes, self._eps),
+                )
         except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
             raise CheckError(f"{self._label}: {type(error).__name__}: {error}") from error
         if not torch.isfinite(made).all():
@@ -327,6 +386,78 @@ class LibraryAttack(Attack):
                 hit = fooled(model(out), label, self.target is not None)
             return out if bool(hit[0]) else image.clone()
         return out
+
+
+def _with_packages(what: str, call: Callable[[], T]) -> T:
+    """`call()`: what only some attacks of a library need is imported when these are made or run.
+
+    Raises:
+        PluginError: a package is missing.
+    """
+    try:
+        return call()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise PluginError(
+            f"{what} needs the package '{package}', which is not installed: pip install {package}"
+            if package
+            else f"{what} cannot be imported: {error}"
+        ) from error
+    except ImportError as error:
+        raise PluginError(f"{what} cannot be imported: {error}") from error
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    """Annotations of a constructor, without those whose names its module imports for type checkers alone."""
+    found: dict[str, Any] = {}
+    scope = getattr(inspect.getattr_static(cls, "__init__"), "__globals__", {})
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.annotation is not parameter.empty:
+            one = types.SimpleNamespace(__annotations__={name: parameter.annotation})
+            with contextlib.suppress(NameError, TypeError):
+                found |= typing.get_type_hints(one, scope)
+    return found
+
+
+def _checked(annotation: Any, value: Any, given: Any) -> Any:
+    """`value` as the annotation wants it; as it is where the annotation asks for what no grid can write.
+
+    Args:
+        annotation: the parameter's.
+        value: of the parameter.
+        given: `value` as the grid has it.
+
+    Raises:
+        ValueError: it does not fit; what was expected.
+    """
+    # Where an array will do, a number will do as well.
+    parts = [part for part in _parts(annotation) if part is not np.ndarray]
+    choices = [choice for part in parts if _is_literal(part) for choice in typing.get_args(part)]
+    kinds = [part for part in parts if not _is_literal(part)]
+    objects = [kind for kind in kinds if str(getattr(kind, "__module__", "")).partition(".")[0] in _PACKAGES]
+    if objects and set(kinds) - {type(None)} == set(objects):
+        raise ValueError(f"expected a {objects[0].__name__}, which no grid can write")
+    if not parts or not {bool, float, int, str, type(None)}.issuperset(kinds):
+        return value
+    # The message names the first member alone of what is left.
+    kinds = [part for part in kinds if not (part is int and float in kinds)]
+    kinds += [Literal[tuple(choices)]] if choices else []
+    try:
+        fitting = TypeAdapter(functools.reduce(operator.or_, kinds)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(reason({**error.errors()[0], "input": given})) from None
+    return value if isinstance(value, int) else fitting
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The members of a union, or the annotation alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [part for choice in typing.get_args(annotation) for part in _parts(choice)]
+    return [annotation]
+
+
+def _is_literal(part: Any) -> bool:
+    return typing.get_origin(part) is Literal
 
 
 def _parameters(cls: type) -> dict[str, Any]:

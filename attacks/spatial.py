@@ -33,7 +33,7 @@ class StAdv(Attack):
 
     Args:
         steps: iterations of the optimiser.
-        tau: weight of L_flow; 0.05 in the paper.
+        tau: weight of L_flow; 0.05 in the paper. 0 = the margin alone: every search is then the same.
         kappa: margin at which an image counts as safely fooled.
         searches: values of tau to try: tau, tau / 10, ...; 1 is the paper.
         optimizer: `adam`, the whole batch at once, or `lbfgs`, the paper's: SciPy's L-BFGS-B, image by image, which the

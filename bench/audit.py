@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -195,7 +196,12 @@ def _variants(attack: Attack, task: str) -> list[tuple[str, str, Attack]]:
     if task == "classification" and attack.eps is not None and attack.target is None:
         square = {"eps": str(attack.eps), "norm": attack.norm, "queries": 1000}
         out.append(("V12", "square", _make("square", square)))
-        losses = [vary(attack, loss=loss) for loss in ("ce", "margin", "dlr") if loss != params.get("loss")]
+        # APGD's target classes belong to the loss that is left out here.
+        default = {p.name: p.default for p in ATTACKS.parameters(attack.name)}
+        own = {"classes": default["classes"]} if attack.name == "apgd" else {}
+        losses = [
+            vary(attack, loss=loss, **own) for loss in ("ce", "margin", "dlr") if loss != params.get("loss")
+        ]
         out.extend(("V16", f"loss {a.params['loss']}", a) for a in losses if a is not None)
         out.append(("V16", "target next", vary(attack, target="next")))
     elif task == "segmentation" and attack.eps is not None and "steps" in params:
@@ -495,7 +501,7 @@ def audit(plan: Plan, store: Store, images: int = 0) -> Audit:
     stopped = [(c, reason) for c in cells.values() if c.key not in stored and (reason := broken(store, c))]
     if not stored and not stopped:
         raise BenchError(
-            f"nothing of {plan.options.grid} has run: python -m bench run --grid {plan.options.grid}"
+            f"nothing of {plan.options.grid} has run: python -m bench run --grid {_given(plan, store)}"
         )
     judged = {key: list(found) for key, found in stored.items()}
     not_run = {cell.key for cell, _ in stopped}
@@ -544,11 +550,9 @@ def _unique(found: Iterable[Finding]) -> list[Finding]:
     return sorted(out.values(), key=lambda f: (not f.suspect, int(FLAGS[f.flag].check[1:])))
 
 
-def report(result: Audit, plan: Plan) -> list[str]:
-    """The audit as lines of text."""
-    grid = plan.options.grid
-    if grid.is_absolute() and grid.is_relative_to(Path.cwd()):
-        grid = grid.relative_to(Path.cwd())  # the same text on every machine
+def report(result: Audit, plan: Plan, store: Store) -> list[str]:
+    """The audit as lines of text; its commands run as they are."""
+    given = _given(plan, store)
     lines = [
         f"{plan.grid.name} on profile {plan.profile}: {len(result.judged)} cells judged, "
         f"{len(result.suspect)} suspect, {len(result.stopped)} stopped by a hard check, {len(result.waiting)} not run"
@@ -563,7 +567,7 @@ def report(result: Audit, plan: Plan) -> list[str]:
             mark = "" if finding.suspect else "note: "
             lines.append(f"  {flag.check} {finding.flag}: {mark}{flag.text}{numbers}")
             if finding.suspect:
-                lines.append(f"      next: {_next(flag.next, cell)}")
+                lines.append(f"      next: {_next(flag.next, cell, given)}")
     quiet = [(cell, found) for cell, found in result.judged if found and not any(f.suspect for f in found)]
     if quiet:
         lines += ["", "Notes, which make nothing suspect:"]
@@ -571,7 +575,7 @@ def report(result: Audit, plan: Plan) -> list[str]:
             notes = "; ".join(f"{FLAGS[f.flag].check} {f.flag} ({f.detail})" for f in found)
             lines.append(f"  {cell.label}: {notes}")
     if result.unchecked:
-        lines += ["", f"Not checked (python -m bench audit --grid {grid} --costly):"]
+        lines += ["", f"Not checked (python -m bench audit {given} --costly):"]
         lines += [f"  {check}: {what}" for check, what in result.unchecked.items()]
     if result.not_applicable:
         lines += ["", "Not applicable:", *(f"  {reason}" for reason in result.not_applicable)]
@@ -586,20 +590,11 @@ def marked(folder: Path) -> tuple[list[str], bool]:
 
     Raises:
         DataError: there is no such file, or it is none of ours.
+        GridError: no shipped grid has the folder's name.
     """
+    given = str(_here(grid_of(folder)))
     path = folder / "results.csv"
-    columns = [
-        "role",
-        "defense",
-        "attack",
-        "level",
-        "level_label",
-        "model",
-        "cell",
-        "status",
-        "reason",
-        "flags",
-    ]
+    columns = "role defense attack level level_label model cell status reason flags".split()
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
     except (OSError, ValueError) as error:
@@ -618,7 +613,9 @@ def marked(folder: Path) -> tuple[list[str], bool]:
             suspect += ["", f"SUSPECT  {label}"]
             for name, flag in zip(row["flags"].split(";"), found, strict=True):
                 suspect += [f"  {flag.check} {name}: {flag.text}"]
-                suspect += [f"      next: {_filled(flag.next, row['level'], row['model'], row['cell'])}"]
+                suspect += [
+                    f"      next: {_filled(flag.next, row['level'], row['model'], row['cell'], given)}"
+                ]
     count = sum(line.startswith("SUSPECT") for line in suspect)
     head = [
         f"{folder}: {len(rows)} cells, {count} suspect, {sum(line.startswith('STOPPED') for line in stopped)} stopped "
@@ -630,14 +627,31 @@ def marked(folder: Path) -> tuple[list[str], bool]:
     return [*head, *stopped, *suspect], not stopped and not suspect
 
 
-def _next(text: str, cell: Cell) -> str:
-    return _filled(text, cell.level, cell.target.model.name, cell.key)
+def _next(text: str, cell: Cell, given: str) -> str:
+    return _filled(text, cell.level, cell.target.model.name, cell.key, given)
 
 
-def _filled(text: str, level: str, model: str, key: str) -> str:
-    for word, value in (("LEVEL", level), ("MODEL", model), ("CELL", key[:12])):
+def _filled(text: str, level: str, model: str, key: str, given: str) -> str:
+    for word, value in (("LEVEL", level), ("MODEL", model), ("CELL", key[:12]), ("GRID", given)):
         text = text.replace(word, value)
     return text
+
+
+def _given(plan: Plan, store: Store) -> str:
+    """The grid and what else the plan was made with, as words of a command line."""
+    options, root = plan.options, _here(store.root)
+    words = [str(_here(options.grid))]
+    words += ["--profile", options.profile] if options.profile is not None else []
+    words += ["--seed", str(options.seed)] if options.seed is not None else []
+    words += ["--limit", str(options.limit)] if options.limit is not None else []
+    words += ["--store", str(root)] if root != Path(".bench") else []  # the default
+    words += [word for plugin in options.plugins for word in ("--plugin", plugin)]
+    return shlex.join(words)
+
+
+def _here(path: Path) -> Path:
+    """A path as seen from the working directory: the same text on every machine."""
+    return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
 
 
 def grid_of(what: Path) -> Path:

@@ -77,7 +77,8 @@ FLAGS: dict[str, Flag] = {
         "V3", "flag", "more than 1 % of the images had an exactly zero gradient at the first or last step", _MASKED
     ),
     "nonfinite-gradient": Flag(
-        "V3", "flag", "NaN or infinite gradients appeared during the attack", "python -m bench show CELL; loss: margin"
+        "V3", "flag", "NaN or infinite gradients appeared during the attack",
+        "python -m bench show CELL --grid GRID; loss: margin",
     ),
     "sparse-gradient": Flag(
         "V3", "flag", "more than 99 % of the gradient's entries were exactly zero: masked", _MASKED

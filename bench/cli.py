@@ -275,7 +275,7 @@ def _report(plan: Plan, opened: Store, images: int) -> bool:
     from bench.audit import audit, report
 
     result = audit(plan, opened, images)
-    for line in report(result, plan):
+    for line in report(result, plan, opened):
         out.print(escape(line))
     return result.sound
 
@@ -830,7 +830,7 @@ def show(
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """Everything about one cell: parameters, weights, versions, cost, result."""
-    from bench.frame import cell_frame
+    from bench.frame import cell_frame, passes
     from bench.runner import cell_record
 
     found, plan, opened = _find(cell, grid, profile, seed, limit, plugin, store)
@@ -842,8 +842,7 @@ def show(
         if line["status"] in ("ok", "partial"):
             out.print(
                 f"{line['metric']}: {line['value']:.4f} [{line['low']:.4f}, {line['high']:.4f}] "
-                f"on {line['n']} of {line['n_total']} images, {line['forwards']} forward and {line['backwards']} "
-                f"backward passes, {line['seconds']:.1f} s"
+                f"on {line['n']} of {line['n_total']} images, {passes(line)}; {line['seconds']:.1f} s"
             )
         else:
             out.print(f"{line['metric']}: {line['status']}: {escape(line['reason'])}")

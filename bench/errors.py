@@ -6,7 +6,7 @@ Every error below becomes a single line on stderr and exit code 2; anything else
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -126,3 +126,11 @@ def expected(message: str) -> str:
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)
     return message
+
+
+def reason(error: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says of a parameter: `expected an integer, got 'abc'`."""
+    if error["type"] == "missing":
+        return "is required"
+    message, shown = expected(str(error["msg"])), error.get("input")
+    return message if repr(shown) in message or str(shown) in message else f"{message}, got {shown!r}"

@@ -15,7 +15,7 @@ from bench.checks import Finding, cell_findings, group_findings, reference_findi
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Plan, task_instance
 from bench.protocols import Metric
-from bench.registry import METRICS
+from bench.registry import ATTACKS, METRICS
 from bench.runner import cell_record, not_applicable, noted_findings
 from bench.stats import bootstrap_interval, wilson, worst_case
 from bench.store import Record, Store
@@ -31,8 +31,18 @@ COLUMNS = [
     "value_worst", "status", "reason", "flags", "attack_name", "attack_params", "defense_params", "weights",
     "forwards", "backwards", "linf_max", "seconds", "cost",
 ]  # fmt: skip
+"""A line's columns. `forwards` and `backwards` are the passes of the attack over all images; `backwards` is 0 for
+attacks whose library takes the gradients, which nobody counts (`passes`)."""
 #: Columns that differ from run to run; left out of committed tables.
 VOLATILE = ("seconds", "cost")
+
+
+def passes(line: Mapping[Any, Any]) -> str:
+    """What a line's attack cost, in words."""
+    name, forwards, backwards = (line.get(key) for key in ("attack_name", "forwards", "backwards"))
+    if name in ATTACKS.names() and not ATTACKS.resolve(str(name)).counts_backwards:
+        return f"{forwards or 0} forward passes, backward passes not counted: its library takes the gradients"
+    return f"{forwards or 0} forward and {backwards or 0} backward passes"
 
 
 class Repeated(Metric):

@@ -566,6 +566,8 @@ class Attack(ABC):
         returns_clean: an image it fails on comes back unchanged.
         averages: it averages its gradients over draws of a stochastic defense by itself.
         also_scores: besides following gradients it searches over scores, so that its success tells nothing of either.
+        counts_backwards: rows count its backward passes; not so where it takes gradients by itself instead of asking
+            the oracle for them: the count is 0 then, whatever was spent.
         version: raise it when the output changes for the same parameters.
         added: parameters that came later, with the value at which the output is what it was without them: there they
             stay out of keys, and what was stored before stays valid.
@@ -584,6 +586,7 @@ class Attack(ABC):
     returns_clean: bool = False
     averages: bool = False
     also_scores: bool = False
+    counts_backwards: bool = True
     version: ClassVar[int] = 1
     added: ClassVar[Mapping[str, Any]] = {}
 

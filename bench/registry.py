@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 from mmengine.registry import Registry
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bench.errors import BenchError, PluginError, expected, nearest, unknown
+from bench.errors import BenchError, PluginError, nearest, reason, unknown
 
 ENTRY_POINT_GROUP = "bench.plugins"
 T = TypeVar("T")
@@ -152,7 +152,10 @@ class PluginRegistry(Registry, Generic[T]):  # type: ignore[misc]
         except ValidationError as error:
             first = error.errors()[0]
             path = ".".join(str(part) for part in first["loc"])
-            raise PluginError(f"{at}{self.kind} '{name}', {path}: {_reason(first)}") from None
+            given, hint = params.get(path), ""
+            if (self.kind, path) == ("attack", "target") and type(given) is int:
+                hint = f": did you mean 'class:{given}'?"
+            raise PluginError(f"{at}{self.kind} '{name}', {path}: {reason(first)}{hint}") from None
         return {field: getattr(checked, field) for field in schema.model_fields}
 
     def create(self, name: str, params: Mapping[str, Any] | None = None, where: str = "") -> T:
@@ -320,11 +323,3 @@ def _annotation_text(annotation: Any) -> str:
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
     return str(annotation).replace("typing.", "")
-
-
-def _reason(error: Any) -> str:
-    message = expected(str(error["msg"]))
-    if error["type"] == "missing":
-        return "is required"
-    shown = error.get("input")
-    return message if repr(shown) in message or str(shown) in message else f"{message}, got {shown!r}"

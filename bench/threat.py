@@ -44,8 +44,9 @@ Mode = Literal["none", "bpda", "exact"]
 class Trace:
     """What the oracle saw of one image: passes, and the health of its gradients (checks V3, V14 and V15).
 
-    `zeros` sums the shares of exactly zero entries over the steps, `first_max` is the largest entry of the first
-    gradient, `values` are the objective's, one a step.
+    `backwards` are those behind `Oracle.gradient`; gradients that an attack takes by itself of an oracle's logits are
+    not seen (`Attack.counts_backwards`). `zeros` sums the shares of exactly zero entries over the steps, `first_max` is
+    the largest entry of the first gradient, `values` are the objective's, one a step.
     """
 
     forwards: int = 0

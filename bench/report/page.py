@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from bench.checks import FLAGS
 from bench.errors import GridError
-from bench.frame import ADAPTIVE, WORST
+from bench.frame import ADAPTIVE, WORST, passes
 from bench.report.plots import KNOWING, Plot, parameters, percent
 from bench.tables import LEVELS, Table, TableSpec, build, notes
 
@@ -222,9 +222,7 @@ def _cells(lines: pd.DataFrame, source: Source, versions: Mapping[str, int]) -> 
         if weights:
             details.append(("weights", _flat(weights)))
         if line["cell"]:
-            details.append(
-                ("cost", f"{line.get('forwards', 0)} forward and {line.get('backwards', 0)} backward passes")
-            )
+            details.append(("cost", passes(line)))
             if not _nan(line.get("linf_max")):
                 moved = float(line["linf_max"])
                 details.append(("moved", f"at most {moved:.6f} ({moved * 255:.2f} of 255) in any pixel"))

@@ -62,7 +62,9 @@ def test_steps_halve_as_in_the_paper():
 @pytest.mark.parametrize("loss", ["ce", "dlr", "margin", "dlr_targeted"])
 def test_beats_plain_ascent(lab, victim, loss):
     target, images, labels = victim
-    params = {"loss": loss, "eps": "6/255", "steps": 40, "classes": 4}
+    params = {"loss": loss, "eps": "6/255", "steps": 40}
+    if loss == "dlr_targeted":
+        params["classes"] = 4
     ours = lab.run(ATTACKS.create("apgd", params), target, images, labels)
     bim = lab.run(
         ATTACKS.create("bim", {"eps": "6/255", "alpha": "1/255", "steps": 40}), target, images, labels
@@ -136,6 +138,8 @@ def test_too_few_classes_is_a_skip(lab):
         ({"steps": 0}, "steps"),
         ({"loss": "cw"}, "loss"),
         ({"step": 3}, "did you mean 'steps'"),
+        ({"loss": "dlr", "classes": 50}, "classes: 50 belongs to loss dlr_targeted"),
+        ({"target": 3}, "target: expected a string, got 3: did you mean 'class:3'[?]"),
     ],
 )
 def test_bad_input(params, message):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
-from bench.errors import CheckError, PluginError
+from bench.errors import CheckError, GridError, PluginError
 from bench.protocols import Defense
 from bench.registry import ATTACKS
 
@@ -42,7 +43,7 @@ def same_as_foolbox(victim, attack, eps):
     [
         ("L2DeepFoolAttack", {"steps": 20}, None, "l2"),
         ("LinfDeepFoolAttack", {}, "8/255", "linf"),
-        ("L2CarliniWagnerAttack", {"binary_search_steps": 2, "steps": 15}, None, "l2"),
+        ("L2CarliniWagnerAttack", {"steps": 15, "stepsize": 0.1, "initial_const": 10}, None, "l2"),
         ("DDNAttack", {"steps": 10}, None, "l2"),
         ("LinfBasicIterativeAttack", {"abs_stepsize": "2/255", "steps": 10}, "8/255", "linf"),
     ],
@@ -98,6 +99,83 @@ def test_failures_come_back_clean_or_as_they_are(lab, victim):
     assert torch.equal(clean[~wrong], images[~wrong]) and torch.equal(clean[wrong], kept[wrong])
 
 
+@pytest.mark.parametrize("eps", [None, "1/4"])
+@pytest.mark.parametrize("name", ["L2CarliniWagnerAttack", "EADAttack"])
+@pytest.mark.parametrize("failed", ["kept", "clean"])
+def test_what_foolbox_does_not_fool_is_clean_and_not_black(lab, victim, name, eps, failed):
+    target, images, labels = victim
+    # So short a search with so small a constant finds nothing.
+    params = {"steps": 1, "binary_search_steps": 1, "initial_const": 1e-9}
+    theirs = same_as_foolbox(victim, getattr(foolbox.attacks, name)(**params), None)
+    assert not theirs.any()
+    attack = make(name, params=params, eps=eps, failed=failed)
+    assert torch.equal(lab.run(attack, target, images, labels), images)
+
+
+@pytest.mark.parametrize("where", ["__init__", "run"])
+def test_a_package_that_foolbox_lacks_is_named(lab, victim, monkeypatch, where):
+    """As numba, which foolbox's Brendel-Bethge attacks import when they are made, and others might when they run."""
+
+    def lacking(*_, **__):
+        raise ModuleNotFoundError("No module named 'numba.experimental'", name="numba.experimental")
+
+    monkeypatch.setattr(foolbox.attacks.DDNAttack, where, lacking)
+    with pytest.raises(
+        PluginError,
+        match=r"foolbox's DDNAttack needs the package 'numba', which is not installed: pip install numba$",
+    ):
+        lab.run(make("DDNAttack"), *victim)
+
+
+def test_more_candidates_than_classes_are_refused(lab, victim):
+    target, images, labels = victim
+    attack = make("L2DeepFoolAttack", params={"candidates": 6, "steps": 1})
+    attack.check_classes(6)
+    with pytest.raises(GridError, match=r"params.candidates: 6 is more than the 5 classes of the model"):
+        lab.run(attack, target, images, labels)
+
+
+def test_the_library_gets_what_its_annotations_say():
+    """And not always what a grid says: 5.0 steps are 5, a quoted number is a number, an integer stays what it is."""
+    attack = make(
+        "L2CarliniWagnerAttack",
+        params={"steps": 5.0, "stepsize": "1e-2", "confidence": 1, "initial_const": "1/4"},
+    )
+    assert attack._attack.params == {"steps": 5, "stepsize": 0.01, "confidence": 1, "initial_const": 0.25}
+    assert isinstance(attack._attack.params["steps"], int)
+    assert attack.params["params"]["steps"] == 5.0
+
+
+def test_annotations_for_type_checkers_alone_hide_no_others(monkeypatch):
+    """As in ART, whose victims are imported under TYPE_CHECKING."""
+    from foolbox.attacks.base import MinimizationAttack
+
+    class Annotated(MinimizationAttack):
+        distance = foolbox.distances.l2
+
+        def __init__(
+            self,
+            one: Absent | None = None,  # noqa: F821
+            eps_step: int | float | np.ndarray = 1,
+            way: str = None,  # noqa: RUF013 - as libraries write it
+        ) -> None:
+            self.values = one, eps_step, way
+
+        def run(self, *_, **__):
+            raise AssertionError
+
+    # Names in annotations are those of the module.
+    monkeypatch.setitem(globals(), "np", np)
+    monkeypatch.setattr(foolbox.attacks, "Annotated", Annotated, raising=False)
+    assert make("Annotated", params={"one": "any", "eps_step": 2, "way": None})._attack.instance.values == (
+        "any",
+        2,
+        None,
+    )
+    with pytest.raises(PluginError, match=r"params.eps_step: expected a number, got 'abc'"):
+        make("Annotated", params={"eps_step": "abc"})
+
+
 def test_targeted(lab, victim):
     target, images, labels = victim
     wrong = [(y + 1) % 5 for y in labels]
@@ -129,6 +207,29 @@ def test_targeted(lab, victim):
         ),
         ({"library": "foolbox", "attack": "LinfDeepFoolAttack", "target": "next"}, "ignores targets"),
         ({"library": "fulbox", "attack": "LinfPGD"}, "library"),
+        ({"library": "foolbox", "attack": "DatasetAttack"}, "DatasetAttack has to be fed with images"),
+        ({"library": "foolbox", "attack": "BinarizationRefinementAttack"}, r"refines .*starting_points"),
+        ({"library": "foolbox", "attack": "GenAttack", "eps": "8/255"}, "GenAttack needs a target"),
+        (
+            {"library": "foolbox", "attack": "DDNAttack", "params": {"steps": "abc"}},
+            "foolbox's DDNAttack, params.steps: expected an integer, got 'abc'",
+        ),
+        (
+            {"library": "foolbox", "attack": "DDNAttack", "params": {"steps": "1/4"}},
+            "params.steps: expected an integer.*, got '1/4'",
+        ),
+        (
+            {"library": "foolbox", "attack": "DDNAttack", "params": {"gamma": [1]}},
+            r"params.gamma: expected a number, got \[1\]",
+        ),
+        (
+            {"library": "foolbox", "attack": "EADAttack", "params": {"decision_rule": "L2"}},
+            "params.decision_rule: expected 'EN' or 'L1', got 'L2'",
+        ),
+        (
+            {"library": "foolbox", "attack": "BoundaryAttack", "params": {"init_attack": "blended"}},
+            "params.init_attack: expected a MinimizationAttack, which no grid can write",
+        ),
     ],
 )
 def test_bad_input(params, message):
@@ -141,7 +242,10 @@ def test_bad_input(params, message):
 )
 def test_a_missing_library_says_how_to_install_it(monkeypatch, library, words):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PluginError, match=f"'{library}' is not installed: pip install .*{words}"):
+    with pytest.raises(
+        PluginError,
+        match=f"'{library}' is not installed: pip install .*{words}.*bash tools/libraries.sh.*PYTHONPATH=.libraries",
+    ):
         make("PGD", library)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from bench.audit import Audit, audit, extended, extras, grid_of, report
+from bench.audit import Audit, _given, _next, _variants, audit, extended, extras, grid_of, report
 from bench.checks import FLAGS
 from bench.cli import main
 from bench.errors import BenchError, GridError
 from bench.frame import cell_frame
 from bench.grid import GRIDS
 from bench.plan import Options, Plan, make_plan
+from bench.registry import ATTACKS
 from bench.runner import pending
 from bench.store import Store
 
@@ -216,15 +218,51 @@ def test_what_breaks_the_rules_is_stopped(judged: Audit) -> None:
     assert "random numbers must come from the rng" in reasons["global", "clean"]
 
 
-def test_the_report_gives_reason_numbers_and_next_step(judged: Audit, plan: Plan) -> None:
-    text = "\n".join(report(judged, plan))
+def test_the_report_gives_reason_numbers_and_next_step(judged: Audit, plan: Plan, folder: Path) -> None:
+    text = "\n".join(report(judged, plan, Store(folder / "s")))
     assert (
         "4 stopped by a hard check" in text and "STOPPED  classification / none / meddler / oblivious" in text
     )
     assert "V6 below-noise: random noise of the same eps" in text and "leaves a score of 1.000, noise" in text
     assert "V13 no-eot" in text and "next: threats: [{level: white_box, eot: 20}]" in text
-    assert "Not checked (python -m bench audit --grid" in text and "V7: 2 and 5 times the steps" in text
+    assert "Not checked (python -m bench audit " in text and "V7: 2 and 5 times the steps" in text
     assert "V20: minimal perturbations on a noise defense: no cell here needs or allows it" in text
+
+
+def test_commands_can_be_pasted(
+    judged: Audit, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that the audit itself was given, and the folder that it was given it in."""
+    monkeypatch.chdir(folder)
+    store = Store(folder / "s")
+    given = make_plan(
+        Options(folder / "planted.yaml", seed=0, limit=30, profile=str(folder / "profile.yaml"))
+    )
+    lines = report(audit(given, store), given, store)
+    (found,) = (line for line in lines if line.startswith("Not checked"))
+    command = found.removeprefix("Not checked (").removesuffix(" --costly):")
+    assert command == (
+        f"python -m bench audit planted.yaml --profile {folder / 'profile.yaml'} --seed 0 --limit 30 --store s"
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(command)[3:])
+    assert stopped.value.code == 1 and capsys.readouterr().out.splitlines()[0] == lines[0]
+    cell = judged.judged[0][0]
+    words = _next(FLAGS["nonfinite-gradient"].next, cell, _given(given, store)).partition(";")[0]
+    main(shlex.split(words)[3:])
+    assert cell.key in capsys.readouterr().out
+    monkeypatch.chdir(folder.parent)
+    assert _given(given, Store(folder.parent / ".bench")).split()[0] == f"{folder.name}/planted.yaml"
+    assert "--store" not in _given(given, Store(folder.parent / ".bench"))
+
+
+def test_other_losses_leave_behind_what_belongs_to_one() -> None:
+    attack = ATTACKS.create("apgd", {"loss": "dlr_targeted", "classes": 2})
+    losses = {
+        a.params["loss"] for _, what, a in _variants(attack, "classification") if what.startswith("loss ")
+    }
+    assert losses == {"ce", "margin", "dlr"}
 
 
 def test_flags_are_in_the_rows_and_notes_are_not(folder: Path, plan: Plan, judged: Audit) -> None:
@@ -338,5 +376,6 @@ def test_committed_results_are_audited_without_their_store(
     assert "      next: " in out and "audit.txt" in out
     # A store that is named has to be there, and a folder has to hold rows.
     assert bench("audit", str(folder), "--store", "absent")[0] == 2
-    code, _, err = bench("audit", str(tmp_path))
+    (tmp_path / "audit").mkdir()
+    code, _, err = bench("audit", str(tmp_path / "audit"))
     assert code == 2 and "results.csv" in err and "Traceback" not in err

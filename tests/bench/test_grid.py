@@ -249,6 +249,14 @@ def test_mistakes_in_overrides_are_one_line(tmp_path: Path, overrides: str, mess
         ("{name: apgd, loss: dlr_targeted, classes: 20}", "classes: 20 is more than the 9 wrong classes of the model"),
         ("{library: foolbox, attack: L2DeepFoolAttak}", "did you mean 'L2DeepFoolAttack'?"),
         ("{library: foolbox, attack: LinfPGD, eps: 8/255, params: {steps: 0}}", "expected at least 1, got 0"),
+        (
+            "{library: foolbox, attack: L2DeepFoolAttack, params: {candidates: 50}}",
+            "params.candidates: 50 is more than the 10 classes of the model",
+        ),
+        ("{library: foolbox, attack: DatasetAttack}", "foolbox's DatasetAttack has to be fed"),
+        ("{library: foolbox, attack: DDNAttack, params: {steps: abc}}", "expected an integer, got 'abc'"),
+        ("{name: apgd, loss: dlr, classes: 50}", "classes: 50 belongs to loss dlr_targeted"),
+        ("{name: pgd, target: 3}", "target: expected a string, got 3: did you mean 'class:3'?"),
     ],
 )  # fmt: skip
 def test_attacks_that_do_not_fit_the_classes_are_found_before_anything_runs(

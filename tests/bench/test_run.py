@@ -582,6 +582,30 @@ def test_looking_at_a_run(bench: Run, grid: Path) -> None:
     assert code == 2 and "unknown format 'excel'" in err
 
 
+def test_backward_passes_that_nobody_counts_are_no_zero(bench: Run, grid: Path) -> None:
+    pytest.importorskip("foolbox")
+    attacks = {
+        **GRID["attacks"],
+        "ddn": {"library": "foolbox", "attack": "DDNAttack", "params": {"steps": 2}},
+        "aa": {"name": "autoattack", "attacks": ["apgd-ce"], "steps": 2},
+    }
+    block = {**BLOCK, "defenses": ["none"], "attacks": ["ddn", "aa", "pgd"], "threats": ["oblivious"]}
+    grid.write_text(
+        yaml.safe_dump({**GRID, "attacks": attacks, "blocks": [block], "tables": [], "evaluate": {}})
+    )
+    run(bench, grid, "--limit", "2")
+    options = ("--grid", str(grid), "--store", "store", "--limit", "2")
+    for attack, counted in (("ddn", False), ("aa", False), ("pgd", True)):
+        code, out, _ = bench("show", f"classification / none / {attack} / oblivious", *options)
+        assert code == 0 and ("backward passes not counted" in out) != counted
+        assert ("and 8 backward passes" in out) == counted and "and 0 backward" not in out
+    code, _, err = bench("report", *options, "--out", "page", "--pictures", "0")
+    assert code == 0, err
+    (page,) = (grid.parent / "page").glob("*.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("backward passes not counted") == 2 and "and 8 backward passes" in text
+
+
 def test_listing(bench: Run) -> None:
     for kind, names in {
         "defenses": ("jpeg", "tvm", "quality=75"), "attacks": ("pgd", "dim_ti", "steps="), "tasks": ("detection",),
