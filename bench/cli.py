@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -142,15 +143,6 @@ def _open(
     return plan, Store(store)
 
 
-def _results(plan: Plan) -> Path:
-    """The default folder of a grid's results: results/NAME, for those of grids/papers/ results/papers/NAME."""
-    from bench.grid import GRIDS
-
-    place = plan.options.grid.resolve().parent
-    below = place.relative_to(GRIDS) if place.is_relative_to(GRIDS) else Path()
-    return Path("results") / below / plan.grid.name
-
-
 # -- run ------------------------------------------------------------------------------------------------------------
 @app.command()
 def run(
@@ -186,6 +178,7 @@ def run(
 ) -> None:
     """Run what a grid lacks, then write and print its tables."""
     from bench.frame import cell_frame
+    from bench.grid import results_folder
     from bench.progress import Display
     from bench.runner import environment, overwrite, pending, run_plan
     from bench.tables import complete, notes
@@ -196,7 +189,7 @@ def run(
         _train_missing(options, store, devices[0])
     plan, opened = _open(options, store, absent=True)
     _check_tables(plan)
-    folder = out_dir or _results(plan)
+    folder = out_dir or results_folder(plan.options.grid, plan.grid)
     check_folder(folder, "--out")
     kept = f"{folder} keeps its complete results" if complete(folder) else ""
     if not resume:
@@ -697,9 +690,9 @@ def table(
 
 def _comparison(plan: Plan) -> str:
     """The comparison with the paper that is shipped for a grid, and "" where none is."""
-    from bench.grid import GRIDS
+    from bench.grid import GRIDS, results_folder
 
-    path = Path("results", "papers", plan.grid.name, "compare.md")
+    path = results_folder(plan.options.grid, plan.grid) / "compare.md"
     return path.as_posix() if (GRIDS.parent / path).is_file() else ""
 
 
@@ -854,8 +847,12 @@ def show(
     rows = cell_record(opened, found).read_rows()
     for environment in sorted({str(row["environment"]) for row in rows}):
         out.print_json(environment)
-    given = (f" --profile {profile}" if profile else "") + (f" --limit {limit}" if limit else "")
-    out.print(f"reproduce: python -m bench run --grid {grid} --seed {found.seed}{given}")
+    words = ["python", "-m", "bench", "run", "--grid", str(grid), "--seed", str(found.seed)]
+    words += ["--profile", profile] if profile else []
+    words += ["--limit", str(limit)] if limit else []
+    words += ["--store", str(store)] if store != DEFAULT_STORE else []
+    words += [word for path in plugin for word in ("--plugin", str(path))]
+    out.print(f"reproduce: {escape(shlex.join(words))}")
 
 
 @app.command()
@@ -878,10 +875,12 @@ def figure(
 
     `run` draws them too, after its tables.
     """
+    from bench.grid import results_folder
+
     plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
     if not plan.grid.figures:
         raise GridError(f"{grid}: no figures (key `figures`)")
-    folder = out_dir or _results(plan)
+    folder = out_dir or results_folder(plan.options.grid, plan.grid)
     check_folder(folder, "--out")
     _draw(plan, opened, folder, _devices(device)[0], names or None)
 

@@ -234,6 +234,13 @@ _Loader.add_constructor(
 )
 
 
+def results_folder(path: Path, grid: Grid) -> Path:
+    """Where a grid's results go by default: results/NAME, for those of grids/papers/ results/papers/NAME."""
+    place = path.resolve().parent
+    below = place.relative_to(GRIDS) if place.is_relative_to(GRIDS) else Path()
+    return Path("results") / below / grid.name
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.cli import _results
-from bench.grid import GRIDS
+from bench.grid import GRIDS, load_grid, results_folder
 from bench.plan import Options, Plan, make_plan
 from bench.runner import cell_record, craft_record, pending, work
 from bench.store import Store
@@ -104,8 +103,8 @@ def test_crafts_are_shared_and_skips_have_reasons(bench: Run, grid: Path) -> Non
 def test_results_lie_as_the_shipped_grids_do(grid: Path) -> None:
     """What a clone has under results/ is what its grids write."""
     for path in (GRIDS / "table1.yaml", *sorted((GRIDS / "papers").glob("*_fig1.yaml"))):
-        assert list((GRIDS.parent / _results(make_plan(Options(path)))).glob("*.md"))
-    assert _results(make_plan(Options(grid))) == Path("results/toy")
+        assert list((GRIDS.parent / results_folder(path, load_grid(path))).glob("*.md"))
+    assert results_folder(grid, load_grid(grid)) == Path("results/toy")
 
 
 def test_estimates_say_how_much_of_them_is_a_guess(bench: Run, grid: Path) -> None:
@@ -568,7 +567,8 @@ def test_looking_at_a_run(bench: Run, grid: Path) -> None:
         '"eps": "16/255"',
         '"steps": 4',
         '"versions"',
-        "reproduce: python -m",
+        "reproduce: python -m bench run --grid",
+        "--store store",
     ):
         assert part in out
     code, _, err = bench("show", "classification / jpeg / pgd / bdpa", *options)
