@@ -57,6 +57,21 @@ def train(bench: Run) -> Run:
     return run
 
 
+@pytest.mark.parametrize("arch", ["wrn-34-10", "vgg-19", "resnet-50"])
+def test_the_papers_networks_train(arch: str, place: Path, bench: Run) -> None:
+    """One step each; wrn-28-20, of the same class as wrn-34-10, takes half a minute and 300 MB."""
+    few = "{name: mini_digits, split: train, count: 2}"
+    code, _, err = bench(
+        "train-target", "--arch", arch, "--dataset", few, "--device", "cpu", "--store", "s", "--score-images", "1",
+        "--epochs", "1", "--batch-size", "2", "--out", "w.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((place / "w.json").read_text())["arch"] == arch
+    profile = {"checkpoint": str(place / "w.safetensors")}
+    model = MODELS.create("cifar", profile).load(CPU)
+    assert model.logits(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+
+
 SMALL = ("--epochs", "2", "--batch-size", "32", "--out", "w.safetensors")
 
 
