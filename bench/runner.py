@@ -664,15 +664,15 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _sample(target: Target, model: TargetModel, index: int) -> Sample:
-    where = f"dataset {target.dataset.name}, image {target.dataset.ids()[index]}"
     try:
         sample = model.prepare(target.dataset[index])
     except (OSError, ValueError) as error:
-        raise DataError(f"{where} cannot be read: {error}") from None
+        image_id = target.dataset.ids()[index]
+        raise DataError(f"dataset {target.dataset.name}, image {image_id} cannot be read: {error}") from None
     try:
         task_instance(target.task).check_truth(sample.target, model.num_classes)
     except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"dataset {target.dataset.name}, image {sample.id}: {error}") from None
     return sample
 
 
