@@ -47,7 +47,7 @@ class APGD(Attack):
         target: rule for a wrong target to reach; None = untargeted.
         failed: what becomes of an image that was not fooled: its `best` iterate, or the `clean` image, as AutoAttack
             has it.
-        stop_when_fooled: a fooled image leaves at once. Only for images that no other pipeline will see.
+        stop_when_fooled: a fooled image leaves at once; see `attacks.scores.Stop`.
     """
 
     tasks = frozenset({"classification"})
@@ -66,7 +66,7 @@ class APGD(Attack):
         momentum: Annotated[float, Field(gt=0, le=1)] = 0.75,
         target: str | None = None,
         failed: Literal["best", "clean"] = "best",
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         if target is not None and loss == "dlr_targeted":
             raise ValueError(
@@ -81,7 +81,7 @@ class APGD(Attack):
         self._eps, self._norm = float(eps), norm
         self.steps, self.restarts, self.classes = steps, restarts, classes
         self.rho, self.momentum = rho, momentum
-        self.failed, self.stop_when_fooled = failed, stop_when_fooled is not False
+        self.failed, self.stop_when_fooled = failed, stop_when_fooled is True
         self.monotone = restarts == 1 and loss != "dlr_targeted"
         self.returns_clean = failed == "clean"
 

@@ -420,7 +420,7 @@ class CWPGD(Iterative):
         kappa: float | None = 50.0,
         start: Literal["none", "uniform"] = "none",
         target: str | None = None,
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss="margin",

@@ -8,7 +8,7 @@ network behind a defense, is whatever the oracle says it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attacks.objectives import BoundLoss, make_loss
 from attacks.projections import Projection, check_radius, make_projection
-from attacks.scores import Stop
+from attacks.scores import Seen, Stop, as_labels, fooled, over_draws
 from attacks.starts import StartKind, start
 from attacks.steps import STEPS, finite
 from attacks.transforms import (
@@ -112,9 +112,9 @@ class Iterative(Attack):
         return_best: return the best iterate instead of the last one. Off for parity: every published loop here
             returns the last.
         best_by: what is better for `return_best` and `restarts`: a larger `loss`, or `fooled` first and then the loss.
-        stop_when_fooled: images leave the batch once the victim misclassifies them (reaches the target). Saves time
-            where attack and evaluation share one pipeline; leave it off for images that another pipeline will see.
-            None = as that demands.
+        stop_when_fooled: an image leaves the batch as soon as the victim misclassifies it (reaches the target). Saves
+            time where attack and evaluation share one pipeline; off for images that another pipeline will see. None =
+            as that demands (`attacks.scores.Stop`).
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Iterative(Attack):
         labels: Literal["true", "predicted"] = "true",
         return_best: bool = False,
         best_by: Literal["loss", "fooled"] = "loss",
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         self.loss = make_loss(loss, kappa)
         self.monotone = restarts == 1
@@ -172,7 +172,7 @@ class Iterative(Attack):
         self.diversity = InputDiversity(di_prob, di_ratio, di_canvas) if di_prob > 0 else None
         self.labels = labels
         self.return_best, self.best_by = return_best, best_by
-        self.stop_when_fooled = stop_when_fooled is not False
+        self.stop_when_fooled = stop_when_fooled is True
         self.stochastic = start != "none" or self.diversity is not None
         # Without a choice to make, the last iterate is the answer and its loss need not be known.
         self._compares = return_best or restarts > 1
@@ -180,12 +180,20 @@ class Iterative(Attack):
             raise ValueError("restarts need a random start")
         if self._compares and self.diversity is not None:
             raise ValueError("restarts and return_best compare losses, which input diversity makes random")
-        decides = self.stop_when_fooled or labels == "predicted" or (self._compares and best_by == "fooled")
+        # Elsewhere the loss asks for no logits of the image itself, and its class is asked for.
+        self._reads = (
+            self.stop_when_fooled and self.loss.name in ("ce", "margin", "dlr") and self.diversity is None
+        )
+        decides = labels == "predicted" or (self._compares and (best_by == "fooled" or self.stop_when_fooled))
         needs: set[Needs] = {"gradient", *self.loss.needs}
+        if self._reads:
+            needs.add("logits")
         # What an attack asks for depends on its parameters, hence on the instance.
-        self.needs = frozenset(needs | {"decision"} if decides else needs)
+        if decides or (self.stop_when_fooled and not self._reads):
+            needs.add("decision")
+        self.needs = frozenset(needs)
         self.tasks = self.loss.tasks
-        if decides or (self.diversity is not None and self.loss.flat_at_clean):
+        if decides or self.stop_when_fooled or (self.diversity is not None and self.loss.flat_at_clean):
             # Decisions are compared as classes; a clean reference map does not follow the pixels of input diversity.
             self.tasks = frozenset({"classification"})
 
@@ -252,25 +260,30 @@ class Iterative(Attack):
         bound = self.loss.bind(climb.oracle, climb.clean, climb.targets, self.target is not None)
         memory: list[Tensor | None] = [None] * len(self.transforms)
         for step in range(self.steps):
-            value, grad = self._gradient(climb, bound.at(step, self.steps), x)
+            found: tuple[Tensor, Tensor] | None = None
+            hit = self._fooled(climb, x, self.stop_when_fooled and not self._reads)
+            if self._reads:
+                judging = Judging(bound.at(step, self.steps))
+                found = self._gradient(climb, judging, x)
+                hit = judging.hit(self.target is not None)
+            if hit.any():
+                out, kept = hit.nonzero()[:, 0], (~hit).nonzero()[:, 0]
+                best.settle(climb.index[out], x[out.to(x.device)])
+                if len(kept) == 0:
+                    return
+                climb, bound = climb.select(kept), bound.select(kept)
+                kept = kept.to(x.device)
+                projection, x, memory = projection.select(kept), x[kept], select_memory(memory, kept)
+                found = None if found is None else (found[0][kept], found[1][kept])
+            value, grad = found or self._gradient(climb, bound.at(step, self.steps), x)
             if self.return_best:
                 best.offer(climb.index, x, value, self._fooled(climb, x, self.best_by == "fooled"))
             for i, transform in enumerate(self.transforms):
                 grad, memory[i] = transform(grad, memory[i])
             x = projection(self._move(value, grad).add_(x))
-            if self.stop_when_fooled and step + 1 < self.steps:
-                fooled = self._fooled(climb, x, True)
-                if fooled.any():
-                    out, kept = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
-                    best.settle(climb.index[out], x[out.to(x.device)])
-                    if len(kept) == 0:
-                        return
-                    climb, bound = climb.select(kept), bound.select(kept)
-                    kept = kept.to(x.device)
-                    projection, x, memory = projection.select(kept), x[kept], select_memory(memory, kept)
         if self._compares:
-            fooled = self._fooled(climb, x, self.best_by == "fooled" or self.stop_when_fooled)
-            best.offer(climb.index, x, climb.oracle.gradient(x, bound).value, fooled)
+            hit = self._fooled(climb, x, self.best_by == "fooled" or self.stop_when_fooled)
+            best.offer(climb.index, x, climb.oracle.gradient(x, bound).value, hit)
         else:
             best.settle(climb.index, x)
 
@@ -278,10 +291,11 @@ class Iterative(Attack):
         """Where the first step starts from, before it is projected."""
         return start(self.start, self._start_scale, self.projection_norm, climb.clean, climb.rng)
 
-    def _gradient(self, climb: Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, climb: Climb, bound: BoundLoss | Judging, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient of the objective at `x`, through one draw of input diversity."""
         objective: Any = bound
         if self.diversity is not None:
+            assert isinstance(bound, BoundLoss)
             size = (int(x.shape[-2]), int(x.shape[-1]))
             objective = self.diversity.objective(bound, self.diversity.draw(climb.rng, size))
         result = climb.oracle.gradient(x, objective)
@@ -298,6 +312,23 @@ class Iterative(Attack):
         predicted = [_class(p) for p in climb.oracle.decision(x)]
         hit = torch.tensor([p == _class(t) for p, t in zip(predicted, climb.targets, strict=True)])
         return hit if self.target is not None else ~hit
+
+
+@dataclass(frozen=True)
+class Judging:
+    """An objective that tells which images fooled the victim when it was last computed."""
+
+    bound: BoundLoss
+    kept: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, oracle: Oracle, images: Tensor) -> Tensor:
+        """Values (B,)."""
+        return self.bound(Seen(oracle, self.kept), images)  # type: ignore[arg-type]
+
+    def hit(self, targeted: bool) -> Tensor:
+        """(B,) bool on the CPU, by the mean logits over all draws."""
+        logits = over_draws(self.kept)
+        return fooled(logits, as_labels(self.bound.targets, logits.device), targeted).cpu()
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attacks.activations import victim_of
-from attacks.iterative import Climb, Iterative, Radius, Steps
+from attacks.iterative import Climb, Iterative, Judging, Radius, Steps
 from attacks.objectives import BoundLoss
+from attacks.scores import Stop
 from bench.errors import GridError
 from bench.protocols import ImageRNG, Oracle, Pixels
 from bench.registry import ATTACKS
@@ -34,7 +35,10 @@ class PGDKL(Iterative):
         alpha: step size.
         steps: number of steps.
         noise: standard deviation of the start; at the clean image the gradient is zero.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -42,8 +46,17 @@ class PGDKL(Iterative):
         alpha: Pixels = Fraction("0.0175"),
         steps: Steps = 4,
         noise: Pixels = Fraction(1, 1000),
+        stop_when_fooled: Stop = None,
     ) -> None:
-        super().__init__(loss="kl", eps=eps, alpha=alpha, steps=steps, start="normal", start_scale=noise)
+        super().__init__(
+            loss="kl",
+            eps=eps,
+            alpha=alpha,
+            steps=steps,
+            start="normal",
+            start_scale=noise,
+            stop_when_fooled=stop_when_fooled,
+        )
 
 
 @ATTACKS.register_module(name="eot_pgd")
@@ -62,7 +75,10 @@ class EOTPGD(Iterative):
         norm: linf or l2.
         start: `uniform` in the ball, or `none`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -74,14 +90,24 @@ class EOTPGD(Iterative):
         norm: Literal["linf", "l2"] = "linf",
         start: Literal["uniform", "none"] = "uniform",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
-        super().__init__(loss=loss, norm=norm, eps=eps, alpha=alpha, steps=steps, start=start, target=target)
+        super().__init__(
+            loss=loss,
+            norm=norm,
+            eps=eps,
+            alpha=alpha,
+            steps=steps,
+            start=start,
+            target=target,
+            stop_when_fooled=stop_when_fooled,
+        )
         self.draws, self.averages = draws, draws > 1
 
     def passes(self) -> int:
         return super().passes() * self.draws
 
-    def _gradient(self, climb: Climb, bound: BoundLoss, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, climb: Climb, bound: BoundLoss | Judging, x: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = super()._gradient(climb, bound, x)
         for _ in range(self.draws - 1):
             more = super()._gradient(climb, bound, x)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.protocols import Oracle
+from bench.protocols import Oracle, Warped
 
 Stop = bool | None
-"""Whether a fooled image leaves its attack. None leaves that to the harness: it may where the victim is the very
+"""Whether a fooled image leaves its attack. None leaves that to the harness: it does where the victim is the very
 pipeline that will be evaluated and draws nothing, and never where another one will see the image too. Without a harness
-it may."""
+it leaves an attack on scores, and stays in one on gradients to the end, as in every library."""
 
 
 def as_labels(targets: Sequence[Any], device: torch.device) -> Tensor:
@@ -103,6 +103,33 @@ class Scored(Watched):
     def value(self, logits: Tensor) -> Tensor:
         """Values (B,) to be increased."""
         return score(self.loss, logits, self.labels, self.targeted)
+
+
+class Seen:
+    """An oracle that keeps the logits it gives: where an objective asks for them, knowing a success costs no pass more.
+
+    Stands in for a classifier's oracle inside one objective, whose images it must be asked about once.
+
+    Args:
+        oracle: the victim.
+        kept: where the logits (B, K) go, one entry a draw.
+    """
+
+    def __init__(self, oracle: Oracle, kept: list[Tensor]) -> None:
+        self.num_classes, self.stochastic = oracle.num_classes, oracle.stochastic
+        self._oracle, self._kept = oracle, kept
+
+    def logits(self, images: Tensor | Warped) -> Tensor:
+        """The oracle's."""
+        logits = self._oracle.logits(images)
+        self._kept.append(logits.detach())
+        return logits
+
+    def loss(self, images: Tensor | Warped, targets: Sequence[Any], kind: str) -> Tensor:
+        """`ce` of the logits, (B,), which is what a classifier's is."""
+        assert kind == "ce"
+        logits = self.logits(images)
+        return score(kind, logits, as_labels(targets, logits.device), targeted=False)
 
 
 def asked(oracle: Oracle, images: Tensor, loss: str, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:

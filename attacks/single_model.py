@@ -98,7 +98,7 @@ class BIM(Iterative):
         labels: Literal["true", "predicted"] = "true",
         target: str | None = None,
         return_best: bool = False,
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -150,7 +150,7 @@ class PGD(Iterative):
         best_by: Literal["loss", "fooled"] = "loss",
         target: str | None = None,
         return_best: bool = False,
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,

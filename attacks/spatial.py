@@ -62,7 +62,7 @@ class StAdv(Attack):
     ) -> None:
         self.steps, self.tau, self.searches, self.kappa = steps, tau, searches, kappa
         self.optimizer, self.lr, self.target = optimizer, lr, target
-        self.stop_when_fooled = stop_when_fooled is not False
+        self.stop_when_fooled = stop_when_fooled is True
 
     def passes(self) -> int:
         return self.searches * (self.steps + 1)

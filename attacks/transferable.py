@@ -2,17 +2,19 @@
 
 FGSM_TI, MIFGSM_TI, DIM and DIM_TI are as in the code of Dong et al. 2019 (translation-invariant attacks), the setting
 of NRP's table 1: eps 16/255, 10 steps of eps / 10, decay 1, diversity 0.7, a 15x15 kernel. They return the last
-iterate, always after all steps.
+iterate; after all steps, but where a fooled image may leave (`attacks.scores.Stop`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from attacks.iterative import Factor, Iterative, KernelSize, Ratio, Steps
+from attacks.scores import Stop
 from attacks.transforms import Canvas, MomentumNorm
 from bench.protocols import Pixels
 from bench.registry import ATTACKS
@@ -35,7 +37,10 @@ class MIFGSM(Iterative):
             does.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class MIFGSM(Iterative):
         momentum_norm: MomentumNorm = "mean",
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -55,6 +61,7 @@ class MIFGSM(Iterative):
             momentum=decay,
             momentum_norm=momentum_norm,
             target=target,
+            stop_when_fooled=stop_when_fooled,
         )
 
 
@@ -72,7 +79,10 @@ class DIFGSM(Iterative):
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -85,6 +95,7 @@ class DIFGSM(Iterative):
         canvas: Canvas = "enlarged",
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -96,6 +107,7 @@ class DIFGSM(Iterative):
             di_ratio=ratio,
             di_canvas=canvas,
             target=target,
+            stop_when_fooled=stop_when_fooled,
         )
 
 
@@ -111,7 +123,10 @@ class TIFGSM(Iterative):
         sigmas: cut-off of the Gaussian in standard deviations, not its width.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -122,9 +137,17 @@ class TIFGSM(Iterative):
         sigmas: Annotated[float, Field(gt=0)] = 3.0,
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
-            loss=loss, eps=eps, alpha=alpha, steps=steps, ti_kernel=kernel, ti_sigmas=sigmas, target=target
+            loss=loss,
+            eps=eps,
+            alpha=alpha,
+            steps=steps,
+            ti_kernel=kernel,
+            ti_sigmas=sigmas,
+            target=target,
+            stop_when_fooled=stop_when_fooled,
         )
 
 
@@ -166,7 +189,10 @@ class MIFGSMTI(Iterative):
         sigmas: its cut-off in standard deviations.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -178,6 +204,7 @@ class MIFGSMTI(Iterative):
         sigmas: Annotated[float, Field(gt=0)] = 3.0,
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -188,6 +215,7 @@ class MIFGSMTI(Iterative):
             ti_kernel=kernel,
             ti_sigmas=sigmas,
             target=target,
+            stop_when_fooled=stop_when_fooled,
         )
 
 
@@ -207,7 +235,10 @@ class DIM(Iterative):
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -220,6 +251,7 @@ class DIM(Iterative):
         canvas: Canvas = "enlarged",
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -231,6 +263,7 @@ class DIM(Iterative):
             di_ratio=ratio,
             di_canvas=canvas,
             target=target,
+            stop_when_fooled=stop_when_fooled,
         )
 
 
@@ -250,7 +283,10 @@ class DIMTI(Iterative):
         sigmas: its cut-off in standard deviations.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
+        stop_when_fooled: see `iterative`.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
 
     def __init__(
         self,
@@ -265,6 +301,7 @@ class DIMTI(Iterative):
         sigmas: Annotated[float, Field(gt=0)] = 3.0,
         loss: str = "ce",
         target: str | None = None,
+        stop_when_fooled: Stop = None,
     ) -> None:
         super().__init__(
             loss=loss,
@@ -278,4 +315,5 @@ class DIMTI(Iterative):
             di_ratio=ratio,
             di_canvas=canvas,
             target=target,
+            stop_when_fooled=stop_when_fooled,
         )

@@ -42,7 +42,7 @@ class FWA(Attack):
         bisections: halvings of the interval for lambda.
         loss: `ce`, `margin` or `dlr`.
         target: rule for a wrong target to reach; None = untargeted.
-        stop_when_fooled: a fooled image leaves at once. Only for images that no other pipeline will see.
+        stop_when_fooled: a fooled image leaves at once; see `attacks.scores.Stop`.
     """
 
     tasks = frozenset({"classification"})
@@ -59,12 +59,12 @@ class FWA(Attack):
         bisections: Annotated[int, Field(ge=1)] = 25,
         loss: Literal["ce", "margin", "dlr"] = "ce",
         target: str | None = None,
-        stop_when_fooled: Stop = False,
+        stop_when_fooled: Stop = None,
     ) -> None:
         self.radius, self.steps, self.window = radius, steps, window
         self.gamma, self.bisections = gamma, bisections
         self.loss, self.target = loss, target
-        self.stop_when_fooled = stop_when_fooled is not False
+        self.stop_when_fooled = stop_when_fooled is True
 
     def passes(self) -> int:
         return self.steps + 1

@@ -11,6 +11,7 @@ difference of the per-image scores, and only when chance does not explain it (`p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -524,6 +525,7 @@ def craft_findings(
         return sum(holds(infos[i]) for i in among) / len(live)
 
     right = live if scores is None else [i for i in live if scores[i] > 0.01]
+    stops = bool(attack.params.get("stop_when_fooled"))
     if by_gradient(attack):
         # An image that is fooled may have no gradient left: hinges and masked objectives are done with it. Where the
         # pipeline that was attacked is not the one that judged, which images those are is not known.
@@ -550,10 +552,10 @@ def craft_findings(
         if largest < 1e-12:
             found.append(Finding("gradient-underflow", f"largest entry {largest:.1g}, median over images"))
         if attack.monotone:
-            found.extend(_climb(share))
+            # The course of an image that left at its success is short, and ends as it should.
+            found.extend(_climb(functools.partial(share, among=right if stops else live)))
     if attack.eps is not None and not attack.returns_clean:
         # One that stops at a success has nothing to do where the pipeline is wrong already.
-        stops = bool(attack.params.get("stop_when_fooled"))
         same = share(lambda i: i["linf"] == 0, right if stops else live)
         if same > 0.01:
             found.append(Finding("unchanged", f"{_percent(same)} of the images"))

@@ -133,6 +133,11 @@ class Grid(_Strict):
     )
     attacks: dict[str, PluginSpec] = Field(default_factory=dict, description="labels for configured attacks")
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    full_course: bool = Field(
+        default=False,
+        description="attacks on gradients take all their steps; else a fooled image leaves where no pipeline but the "
+        "attacked one will see it",
+    )
     blocks: list[Block] = Field(min_length=1)
     tables: list[TableSpec] = Field(default_factory=list)
     figures: list[FigureSpec] = Field(default_factory=list)

@@ -39,6 +39,7 @@ from bench.grid import (
 from bench.keys import content_key
 from bench.protocols import Attack, Dataset, Defense, ModelSource, PixelMetric, Site, Task
 from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS, load_plugin
+from bench.threat import settled
 
 CLEAN = "clean"
 
@@ -428,6 +429,13 @@ class _Planner:
                     f"{self.source}, {where}, attack '{label}' on role {target.role}: {error}"
                 ) from None
 
+    def _shared(self, attack: Attack, level: str, defense: Defense) -> bool:
+        """Whether fooled images may leave the attack: only the pipeline that it attacks will see them, as it did."""
+        if self.grid.full_course and "gradient" in attack.needs:
+            return False
+        judged_here = level in ("bpda", "white_box") and not _bare(defense)
+        return judged_here and not defense.stochastic and self.grid.evaluate.formats == ["float"]
+
     def _add(
         self,
         target: Target,
@@ -462,8 +470,7 @@ class _Planner:
             level = threat.level
             level_label = self._level_label(threat, where)
             if skip is None:
-                judged_here = level in ("bpda", "white_box") and not _bare(defense)
-                attack = _settled(attack, judged_here and not defense.stochastic)
+                attack = settled(attack, target.task, self._shared(attack, level, defense))
                 try:
                     craft = self._craft(target, original, defense, attack, threat, where)
                 except NotApplicable as reason:
@@ -587,18 +594,6 @@ def reference_of(attack: Attack, behind: Defense | None) -> dict[str, str]:
 def _bare(defense: Defense) -> bool:
     """Whether it is no defense."""
     return defense.identity().get("name") == "none"
-
-
-def _settled(attack: Attack, shared: bool) -> Attack:
-    """The attack with `stop_when_fooled` decided where the grid leaves it open.
-
-    Args:
-        shared: its images will be seen by the pipeline that it attacks, with the same draws, and by no other.
-    """
-    if attack.params.get("stop_when_fooled", False) is not None:
-        return attack
-    settled: Attack = ATTACKS.create(attack.name, {**attack.params, "stop_when_fooled": shared})
-    return settled
 
 
 def _told(defense: Defense) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from bench.protocols import (
     Warped,
     identity_geometry,
 )
+from bench.registry import ATTACKS
 
 Mode = Literal["none", "bpda", "exact"]
 
@@ -112,6 +113,25 @@ class Victim:
             raise NotApplicable(
                 f"defense '{self.defense.name}' is not differentiable: it has no true gradient (see level bpda)"
             )
+
+
+def settled(attack: Attack, task: str, shared: bool) -> Attack:
+    """The attack with `stop_when_fooled` decided, where its user leaves it open.
+
+    Args:
+        attack: from the registry; itself if it has no such parameter, or a set one.
+        task: what it attacks; only classes can be wrong as a whole.
+        shared: its images will be seen by the pipeline that it attacks, with the same draws, and by no other.
+    """
+    if attack.params.get("stop_when_fooled", False) is not None:
+        return attack
+
+    def made(stop: bool) -> Attack:
+        out: Attack = ATTACKS.create(attack.name, {**attack.params, "stop_when_fooled": stop})
+        return out
+
+    stops = made(True)
+    return stops if shared and (stops.tasks is None or task in stops.tasks) else made(False)
 
 
 class ModelOracle:

@@ -24,6 +24,7 @@ from bench.plan import task_instance
 from bench.protocols import Attack, Batch, Dataset, Defense, ImageRNG, ModelSource, Sample, TargetModel
 from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS
 from bench.rng import derive_seed
+from bench.threat import settled
 from bench.weights import read_meta
 from defenses._learned import SHIPPED
 from defenses.training.adversary import Adversary, AttackAdversary, attacks_identity
@@ -96,6 +97,8 @@ class Training:
                         f"{where}: attack '{attack.name}': "
                         + unknown(f"loss of task {self.source.task}", kind, losses)
                     )
+            # What is trained sees the images, too.
+            attack = settled(attack, self.source.task, shared=False)
             out.append((attack, float(spec.get("weight", 1.0))))
         return out
 

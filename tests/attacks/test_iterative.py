@@ -410,18 +410,56 @@ def test_fooled_images_leave_the_batch(lab):
     early = ATTACKS.create("pgd", {**params, "stop_when_fooled": True})
     oracle = lab.oracle(target, early, 12)
     out = early.run(oracle, images, labels, lab.rng(12))
-    steps = [trace.backwards for trace in oracle.traces]
+    looks = [trace.backwards for trace in oracle.traces]
+    # Knowing a success costs no pass of its own.
+    assert [trace.forwards for trace in oracle.traces] == looks
     fooled = [p != y for p, y in zip(target.predict(out), labels, strict=True)]
-    assert any(fooled) and len(set(steps)) > 1
-    for i, (hit, taken) in enumerate(zip(fooled, steps, strict=True)):
-        # Each image is what a run of that many steps gives, and was not fooled one step before.
-        one = ATTACKS.create("pgd", {**params, "steps": taken})
-        assert torch.equal(lab.run(one, target, images, labels)[i], out[i])
-        if hit and taken > 1:
-            before = lab.run(ATTACKS.create("pgd", {**params, "steps": taken - 1}), target, images, labels)
-            assert target.predict(before[i : i + 1])[0] == labels[i]
+    assert any(fooled) and len(set(looks)) > 1
+
+    def after(steps: int, i: int) -> torch.Tensor:
+        if steps == 0:
+            return images[i]
+        return lab.run(ATTACKS.create("pgd", {**params, "steps": steps}), target, images, labels)[i]
+
+    for i, look in enumerate(looks):
+        # Each image is the first iterate that fools the victim, or the last one.
+        steps = look - 1 if target.predict(after(look - 1, i)[None])[0] != labels[i] else look
+        assert look == 25 or steps == look - 1
+        assert torch.equal(after(steps, i), out[i])
+        for earlier in range(steps):
+            assert target.predict(after(earlier, i)[None])[0] == labels[i]
     final = target.predict(lab.run(full, target, images, labels))
     assert sum(fooled) >= sum(p != y for p, y in zip(final, labels, strict=True))
+
+
+def test_what_is_wrong_already_is_left_alone(lab):
+    target = lab.Classifier(lab.convnet(), 5)
+    images, _ = lab.batch(6)
+    labels = [(p + 1) % 5 for p in target.predict(images)]
+    for name, params in (("bim", {}), ("di_fgsm", {}), ("pgd", {"loss": "margin", "start": "none"})):
+        attack = (
+            ATTACKS.create("iterative", {"di_prob": 0.5})
+            if name == "di_fgsm"
+            else ATTACKS.create(name, params)
+        )
+        stops = ATTACKS.create(attack.name, {**attack.params, "stop_when_fooled": True})
+        assert torch.equal(lab.run(stops, target, images, labels), images)
+        assert not torch.equal(lab.run(attack, target, images, labels), images)
+
+
+def test_diverse_images_leave_by_their_own_class(lab):
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, _ = lab.batch(12)
+    labels = target.predict(images)
+    params = {"eps": "1/4", "alpha": "1/100", "steps": 25, "di_prob": 0.5, "stop_when_fooled": True}
+    attack = ATTACKS.create("iterative", params)
+    assert attack.needs == {"gradient", "decision"}
+    oracle = lab.oracle(target, attack, 12)
+    predicted = target.predict(attack.run(oracle, images, labels, lab.rng(12)))
+    taken = [trace.backwards for trace in oracle.traces]
+    assert len(set(taken)) > 1
+    for p, y, steps in zip(predicted, labels, taken, strict=True):
+        assert p != y or steps == 25
 
 
 def test_early_exit_of_targeted_restarts(lab):
@@ -471,7 +509,9 @@ def test_what_an_attack_declares():
         and not margin.loss_kinds()
     )
     assert of("pgd", loss="kl", start="normal").tasks == {"classification", "segmentation"}
-    assert of("pgd", stop_when_fooled=True).needs == {"gradient", "decision"}
+    assert of("pgd", stop_when_fooled=True).needs == {"gradient", "logits"}
+    assert of("pgd", stop_when_fooled=True, restarts=2).needs == {"gradient", "logits", "decision"}
+    assert of("bim", stop_when_fooled=True).tasks == {"classification"}
     assert of("pgd", restarts=2, best_by="fooled").tasks == {"classification"}
     assert of("pgd", restarts=2).needs == {"gradient"} and of("pgd", restarts=2).passes() == 42
     assert of("none").needs == frozenset() and of("none").eps is None and of("none").norm is None
@@ -525,7 +565,8 @@ def test_fooled_needs_classes(lab):
 
     images, labels = lab.batch()
     with pytest.raises(CheckError, match="compares classes"):
-        lab.run(ATTACKS.create("bim", {"stop_when_fooled": True}), Maps(lab.convnet(), 5), images, labels)
+        attack = ATTACKS.create("pgd", {"restarts": 2, "best_by": "fooled"})
+        lab.run(attack, Maps(lab.convnet(), 5), images, labels)
 
 
 def test_uniform_start_fills_the_ball(lab):

@@ -105,6 +105,15 @@ def test_the_course_of_the_objective() -> None:
     assert flags("bim", [trace(1, 9, 8, 5, 5, 5, 5, 5)] * 4) == {"last-not-best"}
 
 
+def test_the_course_of_images_that_left_at_their_success() -> None:
+    left, stayed, stops = [trace(1, 2, 9)] * 6, [trace(*RISING)] * 4, {"stop_when_fooled": True}
+    scores = [0.0] * 6 + [1.0] * 4
+    assert flags("bim", left + stayed, scores=scores) == {"still-rising"}
+    assert flags("bim", left + stayed, params=stops, scores=scores) == set()
+    fell = [trace(3, 2, 1)] * 4
+    assert "loss-fell" in flags("bim", left + fell, params=stops, scores=scores)
+
+
 def test_sparse_and_tiny_gradients() -> None:
     assert flags("bim", [trace(1, 2, 3, 3, 3, zeros=[0.995] * 5)] * 4) == {"sparse-gradient"}
     assert flags("bim", [trace(1, 2, 3, 3, 3, first_max=1e-20)] * 4) == {"gradient-underflow"}

@@ -16,8 +16,10 @@ import yaml
 
 from bench.grid import GRIDS, load_grid, results_folder
 from bench.plan import Options, Plan, make_plan
+from bench.registry import ATTACKS
 from bench.runner import cell_record, craft_record, pending, work
 from bench.store import Store
+from bench.threat import settled
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "tests" / "plugins"
@@ -119,18 +121,48 @@ def test_estimates_say_how_much_of_them_is_a_guess(bench: Run, grid: Path) -> No
 
 def test_fooled_images_leave_only_where_they_are_judged(grid: Path) -> None:
     """Images that another pipeline will see, or the same one with other draws, run their full course."""
-    attacks = {"open": {"name": "square", "queries": 9}, "stop": {"name": "square", "stop_when_fooled": True}}
-    block = {**BLOCK, "attacks": [*attacks], "defenses": ["none", "random", "jpeg"]}
-    grid.write_text(yaml.safe_dump({**GRID, "attacks": attacks, "blocks": [block]}))
-    stops = {
-        (c.defense_label, c.level, c.attack_label): c.craft.payload["attack"]["params"]["stop_when_fooled"]
-        for c in make_plan(Options(grid)).cells
-        if c.craft
-    }
-    assert {key for key, stop in stops.items() if stop and key[2] == "open"} == {
-        ("jpeg", "bpda", "open"), ("jpeg", "white_box", "open")
+    attacks = {
+        "scores": {"name": "square", "queries": 9}, "steps": "pgd",
+        "stop": {"name": "square", "stop_when_fooled": True}, "stay": {"name": "pgd", "stop_when_fooled": False},
     }  # fmt: skip
-    assert all(stop for key, stop in stops.items() if key[2] == "stop")
+    block = {**BLOCK, "attacks": [*attacks], "defenses": ["none", "random", "jpeg"]}
+
+    def leaving(formats: tuple[str, ...] = ("float",), **settings: object) -> set[tuple[str, str, str]]:
+        grid.write_text(
+            yaml.safe_dump(
+                {
+                    **GRID,
+                    "attacks": attacks,
+                    "blocks": [block],
+                    "evaluate": {"formats": list(formats)},
+                    **settings,
+                }
+            )
+        )
+        stops = {
+            (c.defense_label, c.level, c.attack_label): c.craft.payload["attack"]["params"][
+                "stop_when_fooled"
+            ]
+            for c in make_plan(Options(grid)).cells
+            if c.craft
+        }
+        assert all(stop for key, stop in stops.items() if key[2] == "stop")
+        return {key for key, stop in stops.items() if stop and key[2] != "stop"}
+
+    scores = {("jpeg", "bpda", "scores"), ("jpeg", "white_box", "scores")}
+    # JPEG has no true gradient.
+    assert leaving() == {*scores, ("jpeg", "bpda", "steps")}
+    assert leaving(full_course=True) == scores
+    # 8-bit images are others than those the attack saw.
+    assert leaving(("float", "uint8")) == set()
+
+
+def test_only_classes_leave() -> None:
+    for task, stop in (("classification", True), ("segmentation", False), ("detection", False)):
+        assert settled(ATTACKS.create("bim", {}), task, shared=True).params["stop_when_fooled"] is stop
+        assert settled(ATTACKS.create("bim", {}), task, shared=False).params["stop_when_fooled"] is False
+    kept = ATTACKS.create("fgsm", {})
+    assert settled(kept, "classification", shared=True) is kept
 
 
 @pytest.mark.parametrize("images", [{"classification": 4, "twin": 9}, {"classification": 9, "twin": 4}])
