@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from bench.errors import GridError, expected, listed, unknown
 from bench.figures import FigureSpec
-from bench.tables import TableSpec
+from bench.tables import Header, TableSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = ROOT / "grids"
@@ -139,15 +139,30 @@ class Grid(_Strict):
         "attacked one will see it",
     )
     blocks: list[Block] = Field(min_length=1)
-    tables: list[TableSpec] = Field(default_factory=list)
+    tables: list[TableSpec] = Field(
+        default_factory=list, description="where neither tables nor figures are named: one of everything"
+    )
     figures: list[FigureSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_of_everything(self) -> Grid:
+        if not {"tables", "figures"} & self.model_fields_set:
+            rows: list[Header] = ["role", "metric", "defense"]
+            self.tables = [
+                TableSpec(name="all", title="All results", rows=rows, columns=["level_label", "attack"])
+            ]
+        return self
 
     @model_validator(mode="after")
     def _files(self) -> Grid:
         names = [*(table.name for table in self.tables), *(figure.name for figure in self.figures)]
         for name in names:
-            if self.figures and names.count(name) > 1:
+            if names.count(name) > 1:
                 raise ValueError(f"two tables or figures are called '{name}': their files would be one")
+            if name in ("results", "README"):
+                raise ValueError(
+                    f"'{name}' is no name for a table or figure: a file of every grid is called so"
+                )
         return self
 
 

@@ -70,6 +70,9 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
         ),
         ("name: demo", "name: [demo", "not valid YAML"),
         ("name: demo", "name: a/b", "name: String should match pattern"),
+        ("name: demo", "name: demo\ntables: [{name: results}]", "'results' is no name for a table or figure"),
+        ("name: demo", "name: demo\ntables: [{name: a}, {name: a}]", "two tables or figures are called 'a'"),
+        ("name: demo", "name: demo\nfull_course: 3", "full_course"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -78,6 +81,13 @@ def test_mistakes_are_one_line(tmp_path: Path, old: str, new: str, message: str)
         load_grid(path)
     text = str(error.value)
     assert message in text and text.startswith(str(path)) and "\n" not in text
+
+
+def test_a_grid_without_tables_gets_one_of_everything(tmp_path: Path) -> None:
+    (table,) = load_grid(write(tmp_path, GOOD)).tables
+    assert (table.metric, table.where, table.rows) == (None, {}, ["role", "metric", "defense"])
+    assert load_grid(write(tmp_path, f"{GOOD}\ntables: []\n")).tables == []
+    assert load_grid(write(tmp_path, f"{GOOD}\nfigures: []\n")).tables == []
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
