@@ -15,12 +15,15 @@ import yaml
 from bench.errors import BenchError, MissingCheckpoint
 from bench.frame import cell_frame
 from bench.plan import Options, make_plan
-from bench.protocols import Sample
+from bench.protocols import Batch, Sample
+from bench.registry import ATTACKS as ATTACK
 from bench.registry import load_plugin
 from bench.store import Store
 from bench.weights import load_state, read_meta
+from defenses.training.adversary import AttackAdversary
 from defenses.training.recipe import RECIPES
-from defenses.training.session import Prepared, cropped, plan_training
+from defenses.training.session import Prepared, _asks_labels, cropped, plan_training
+from tasks.classification.model import LogitsClassifier
 from tests.tasks.classification.coco import write_coco_images
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -456,3 +459,48 @@ def test_a_crop_that_does_not_fit_is_one_line(coco: Path) -> None:
     training = planned(coco, **{**UNLABELLED, "crop": 41})
     with pytest.raises(BenchError, match=r"training\.crop: image \d+\.jpg is 40x40 pixels, a crop of 41"):
         training.trainer(training.source.load(torch.device("cpu")), None, torch.device("cpu"))
+
+
+FEW = {"steps": 2}
+ATTACKED: list[tuple[str, dict[str, Any], bool]] = [
+    ("none", {}, False), ("noise", {}, False), ("noise", {"draws": 3}, True), ("gaussian_noise", {}, False),
+    ("fgsm", {}, True), ("fgsm", {"labels": "predicted"}, False), ("r_fgsm", {}, True), ("bim", FEW, True),
+    ("bim", {**FEW, "labels": "predicted"}, False), ("pgd", FEW, True), ("mi_fgsm", FEW, True), ("tap", FEW, True),
+    ("pgd", {**FEW, "loss": "margin"}, True), ("pgd", {**FEW, "loss": "kl", "start": "normal"}, False),
+    ("ssp", FEW, False), ("ssp", {**FEW, "mode": "paper", "layer": "conv"}, False), ("fff", FEW, False),
+    ("cafa", FEW, False), ("hgd_ensemble", FEW, False), ("hgd_ensemble", {**FEW, "labels": "true"}, True),
+    ("apgd", {"steps": 4}, True), ("ddn", {"steps": 30}, True), ("deepfool", {"steps": 50}, True),
+    ("cw_l2", {"steps": 50, "binary_search_steps": 1, "initial_c": 100, "lr": 0.1}, True),
+    ("square", {"queries": 20}, True), ("stadv", FEW, True), ("spsa", {"steps": 1}, True),
+]  # fmt: skip
+
+
+class Maps(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 3, 2)
+        self.pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.fc = torch.nn.Linear(6, 4, bias=False)  # decisions that minimal-norm attacks can reach
+        torch.nn.init.normal_(self.fc.weight, std=10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(torch.relu(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize(("name", "params", "asks"), ATTACKED)
+def test_attacks_that_follow_a_label_are_known(name: str, params: dict[str, Any], asks: bool) -> None:
+    """By what they do: with other labels their images are others, or nothing is different at all."""
+    torch.manual_seed(0)
+    target = LogitsClassifier(Maps(), 4)
+    images = torch.rand(4, 3, 16, 16)
+    labels = [int(p.label) for p in target.predict(images)]
+
+    def made(targets: list[int]) -> torch.Tensor:
+        adversary = AttackAdversary([(ATTACK.create(name, params), 1.0)], target)
+        return adversary(Batch(images, tuple(targets), tuple("abcd")), "draw")
+
+    assert _asks_labels(ATTACK.create(name, params)) == asks
+    right, wrong = made(labels), made([(label + 1) % 4 for label in labels])
+    assert torch.equal(right, wrong) != asks
+    if not asks:
+        assert torch.equal(made([-1] * 4), right)
