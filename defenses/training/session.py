@@ -91,18 +91,18 @@ class Training:
             attack = ATTACKS.create(str(spec["name"]), dict(spec.get("params", {})), where)
             if attack.tasks is not None and self.source.task not in attack.tasks:
                 raise PluginError(f"{where}: attack '{attack.name}' cannot attack {self.source.task}")
-            for kind in attack.loss_kinds():
-                if kind not in losses:
-                    raise PluginError(
-                        f"{where}: attack '{attack.name}': "
-                        + unknown(f"loss of task {self.source.task}", kind, losses)
-                    )
             if not self.data.labelled and _asks_labels(attack):
                 other = ", or give it `labels: predicted`" if "labels" in attack.params else ""
                 raise PluginError(
                     f"{where}: attack '{attack.name}' needs labels, which dataset {self.data.name} does not have; "
                     f"expected one without, such as ssp{other}"
                 )
+            for kind in attack.loss_kinds():
+                if kind not in losses:
+                    raise PluginError(
+                        f"{where}: attack '{attack.name}': "
+                        + unknown(f"loss of task {self.source.task}", kind, losses)
+                    )
             out.append((attack, float(spec.get("weight", 1.0))))
         return out
 
