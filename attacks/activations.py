@@ -193,6 +193,7 @@ class FFF(Attack):
     tasks = frozenset({"classification"})
     needs = frozenset({"gradient", "features", "logits"})
     monotone = False
+    labelled = False
 
     def __init__(
         self,

@@ -180,7 +180,7 @@ class _Feature(Iterative):
         # At 0.001, the default of `normal`, the gradient would be lost in rounding.
         scale = eps if start == "normal" else None
         super().__init__(eps=eps, alpha=alpha, steps=steps, start=start, start_scale=scale)
-        self.loss = loss
+        self.loss, self.labelled = loss, False
         self.needs = frozenset({"gradient", *loss.needs})
         self.tasks = loss.tasks
 

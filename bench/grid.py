@@ -197,11 +197,22 @@ class TrainingSettings(_Strict):
         ge=1,
         description="train on a square of this side from each image, at a place drawn once; whole images when absent",
     )
+    crop_anew: bool = Field(default=False, description="draw the place of `crop` anew in every epoch")
+    resize: bool = Field(
+        default=True,
+        description="prepare images as the target expects them; false takes those of the dataset as they are",
+    )
     score: Score | None = None
     recipes: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="values that replace a recipe's, by defense (for all its recipes), then by recipe",
     )
+
+    @model_validator(mode="after")
+    def _cropped(self) -> TrainingSettings:
+        if self.crop_anew and self.crop is None:
+            raise ValueError("`crop_anew` needs `crop`, the side of the square")
+        return self
 
 
 class Overrides(_Strict):

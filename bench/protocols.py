@@ -91,11 +91,13 @@ class Dataset(ABC):
     Attributes:
         task: name of the task its targets belong to.
         classes: class names, in label order.
+        labelled: its images have ground truth; otherwise every target is -1, and they serve trainings that need none.
     """
 
     name: str
     params: Mapping[str, Any]
     task: ClassVar[str]
+    labelled: ClassVar[bool] = True
     classes: Sequence[str]
 
     @abstractmethod

@@ -16,9 +16,12 @@ from torch import Tensor
 from bench.errors import DataError, WeightsError
 from bench.weights import sha256_file
 
-__all__ = ["IMAGE_SUFFIXES", "data_root", "fingerprint_files", "read_image", "to_image"]
+__all__ = ["IMAGE_SUFFIXES", "UNLABELLED", "data_root", "fingerprint_files", "read_image", "to_image"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+#: What images without a label say in its place.
+UNLABELLED = -1
 
 #: Trees of more files than this are fingerprinted by names and sizes instead of content.
 _CONTENT_LIMIT = 4096

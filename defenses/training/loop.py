@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
+@runtime_checkable
+class ShownAnew(Samples, Protocol):
+    """Training images that an epoch may show otherwise than the one before, under the same ids and in one size."""
+
+    def shown(self, index: int, epoch: int) -> Sample:
+        """Image `index` as `epoch` (from 0) has it: a function of both, so that a resumed run sees the same."""
+        ...
+
+
 Progress = Callable[[int, int, str], None]
 Scalars = Callable[[int, Mapping[str, float]], None]
 
@@ -72,7 +81,7 @@ class Loop:
 
     Args:
         name: what is trained, for messages.
-        samples: training images of one size.
+        samples: training images of one size; those of `ShownAnew` may differ from epoch to epoch.
         key: of everything the weights are a function of; part of the state, so that the state of another training is
             never resumed.
         seed, epochs, batch: of the order, and length.
@@ -240,7 +249,11 @@ class Loop:
             generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
         size = self.batch
-        chosen = [self.samples[i] for i in self._order[1][index * size : (index + 1) * size]]
+        places = self._order[1][index * size : (index + 1) * size]
+        if isinstance(self.samples, ShownAnew):
+            chosen = [self.samples.shown(i, epoch) for i in places]
+        else:
+            chosen = [self.samples[i] for i in places]
         if len({tuple(s.image.shape) for s in chosen}) > 1:
             raise DataError(f"training of {self.name}: training images differ in size; they must be equal")
         return Batch.of(chosen).to(self.device)

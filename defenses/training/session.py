@@ -82,7 +82,8 @@ class Training:
         """The training adversaries with their weights.
 
         Raises:
-            BenchError: an attack the recipe names is unknown, has wrong parameters or is not for the target's task.
+            BenchError: an attack the recipe names is unknown, has wrong parameters, is not for the target's task or
+                needs labels that the images do not have.
         """
         out = []
         losses = TASKS.resolve(self.source.task).losses
@@ -91,6 +92,12 @@ class Training:
             attack = ATTACKS.create(str(spec["name"]), dict(spec.get("params", {})), where)
             if attack.tasks is not None and self.source.task not in attack.tasks:
                 raise PluginError(f"{where}: attack '{attack.name}' cannot attack {self.source.task}")
+            if not self.data.labelled and _asks_labels(attack):
+                other = ", or give it `labels: predicted`" if "labels" in attack.params else ""
+                raise PluginError(
+                    f"{where}: attack '{attack.name}' needs labels, which dataset {self.data.name} does not have; "
+                    f"expected one without, such as ssp{other}"
+                )
             for kind in attack.loss_kinds():
                 if kind not in losses:
                     raise PluginError(
@@ -104,8 +111,16 @@ class Training:
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
-        """Everything the weights are a function of."""
+        """Everything the weights are a function of.
+
+        Raises:
+            BenchError: as `attacks`, or labels are needed that the images do not have.
+        """
         losses = objective(self.recipe.objective, dict(self.recipe.objective_args))
+        if losses.labelled and not self.data.labelled:
+            raise PluginError(
+                f"recipe {self.recipe_name}: its loss needs labels, which dataset {self.data.name} does not have"
+            )
         seen = bool(self.attacks) or losses.guided
         # Files by digest, not by path.
         recipe = self.recipe.but(objective_args={**self.recipe.objective_args, **losses.files()})
@@ -115,9 +130,11 @@ class Training:
                 "task": self.source.task,
                 "dataset": self.data.name,
                 "fingerprint": self.data.fingerprint(),
-                "input": self.source.input_spec(),
+                "input": self.source.input_spec() if self.settings.resize else {},
                 "images": self.images,
                 **({} if self.settings.crop is None else {"crop": self.settings.crop}),
+                # Left out where it is false, as before it existed: those checkpoints stay valid.
+                **({"crop_anew": True} if self.settings.crop_anew else {}),
             },
             attacks_identity(self.attacks, self.recipe.static) if self.attacks else None,
         )
@@ -144,8 +161,15 @@ class Training:
         return None, reason
 
     def samples(self, target: TargetModel) -> Prepared:
-        """The training images as `target` sees them."""
-        return Prepared(self.data, target, self.images, self.settings.crop)
+        """The training images as `target` sees them, or as they are where the profile says so."""
+        settings = self.settings
+        return Prepared(
+            self.data,
+            target if settings.resize else None,
+            self.images,
+            settings.crop,
+            self.recipe.seed if settings.crop_anew else None,
+        )
 
     # -- doing it ---------------------------------------------------------------------------------------------------
     def trainer(
@@ -206,6 +230,11 @@ class Training:
         return step * trainer.total + attack * attacked
 
 
+def _asks_labels(attack: Attack) -> bool:
+    """It follows the label it is given: not noise, features, or the target's own prediction."""
+    return attack.labelled and bool(attack.needs) and attack.params.get("labels") != "predicted"
+
+
 class Clean:
     """No adversary: the clean images."""
 
@@ -226,21 +255,23 @@ class Prepared:
 
     Args:
         data: the dataset.
-        target: prepares each sample.
+        target: prepares each sample; None = they are taken as they are.
         count: how many.
         crop: side of the square that is cut from each; None = all of it.
+        seed: of places of the squares that are drawn anew in every epoch; None = each image has one, whatever the seed.
         keep: bytes of pixels to keep at most.
     """
 
     def __init__(
         self,
         data: Dataset,
-        target: TargetModel,
+        target: TargetModel | None,
         count: int,
         crop: int | None = None,
+        seed: int | None = None,
         keep: int = 2 << 30,
     ) -> None:
-        self.data, self.target, self.count, self.crop = data, target, count, crop
+        self.data, self.target, self.count, self.crop, self.seed = data, target, count, crop, seed
         self._kept: dict[int, Sample] = {}
         self._left = keep
 
@@ -248,11 +279,28 @@ class Prepared:
         return self.count
 
     def __getitem__(self, index: int, /) -> Sample:
+        return self.shown(index, 0)
+
+    def shown(self, index: int, epoch: int) -> Sample:
+        """Image `index` as it is in `epoch`: another square of it in each, where there is a seed.
+
+        Raises:
+            DataError: it cannot be read, or no such square fits.
+        """
+        sample = self._whole(index)
+        if self.crop is None or self.seed is None:
+            return sample
+        return cropped(sample, self.crop, (self.seed, epoch))
+
+    def _whole(self, index: int) -> Sample:
+        """What is the same in all epochs."""
         known = self._kept.get(index)
         if known is not None:
             return known
-        sample = self.target.prepare(self.data[index])
-        if self.crop is not None:
+        sample = self.data[index]
+        if self.target is not None:
+            sample = self.target.prepare(sample)
+        if self.crop is not None and self.seed is None:
             sample = cropped(sample, self.crop)
         size = sample.image.numel() * sample.image.element_size()
         if size <= self._left:
@@ -261,12 +309,13 @@ class Prepared:
         return sample
 
 
-def cropped(sample: Sample, side: int) -> Sample:
-    """A square of an image and of its label map, at a place that the image's id alone decides.
+def cropped(sample: Sample, side: int, draw: tuple[object, ...] = ()) -> Sample:
+    """A square of an image and of its label map, at a place that the image's id and `draw` decide.
 
     Args:
         sample: image (3, H, W) with a label, or a label map (H, W).
         side: of the square, in pixels.
+        draw: what else names the random numbers; () = the place is the image's own for good.
 
     Raises:
         DataError: the image is smaller, or its ground truth is objects.
@@ -276,9 +325,9 @@ def cropped(sample: Sample, side: int) -> Sample:
         raise DataError(
             f"training.crop: image {sample.id} is {height}x{width} pixels, a crop of {side} does not fit"
         )
-    # Static adversaries are kept by image and shared between recipes: the place depends on neither epoch nor seed.
-    y = derive_seed("crop y", sample.id) % (height - side + 1)
-    x = derive_seed("crop x", sample.id) % (width - side + 1)
+    # Static adversaries are kept by image and shared between recipes: there the place has neither epoch nor seed.
+    y = derive_seed("crop y", *draw, sample.id) % (height - side + 1)
+    x = derive_seed("crop x", *draw, sample.id) % (width - side + 1)
     target = sample.target
     if isinstance(target, Tensor) and target.ndim == 2:
         target = target[y : y + side, x : x + side]
@@ -329,10 +378,19 @@ def _plan_training(profile_name: str, role: str, recipe_name: str, seed: int) ->
         raise NotApplicable(
             f"recipe '{recipe_name}' trains for {', '.join(sized.tasks)}, not for {model.task}"
         )
-    images = len(data) if settings.images is None else settings.images
-    if images > len(data):
+    if settings.crop_anew and sized.static and sized.attacks:
         raise GridError(
-            f"{source}, training.{where}.images: {images} images asked for, {data.name} has {len(data)}"
+            f"{source}, training.{where}.crop_anew: true, but recipe '{recipe_name}' attacks each image once and keeps "
+            f"the result (static: true); expected `static: false` in training.{where}.recipes"
+        )
+    try:
+        there = len(data)
+    except DataError as error:
+        raise DataError(f"{source}, training.{where}.dataset: {error}") from None
+    images = there if settings.images is None else settings.images
+    if images > there:
+        raise GridError(
+            f"{source}, training.{where}.images: {images} images asked for, {data.name} has {there}"
         )
     return Training(recipe_name, sized.but(seed=seed), profile, role, model, data, images, settings)
 

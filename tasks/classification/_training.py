@@ -324,7 +324,7 @@ def find_data(spec: str, test: str | None = None) -> tuple[Dataset, Dataset]:
             tenth image is held out.
 
     Raises:
-        BenchError: not a dataset, or not of classification.
+        BenchError: not a dataset, not of classification, or one without labels.
     """
     name, params = _parsed(spec, "--dataset")
     splits = next((p.annotation for p in _parameters(name, "--dataset") if p.name == "split"), "")
@@ -363,6 +363,8 @@ def _dataset(name: str, params: Mapping[str, Any], where: str) -> Dataset:
     data: Dataset = DATASETS.create(name, dict(params), where)
     if data.task != "classification":
         raise GridError(f"{where}: '{name}' is for {data.task}, expected a dataset of classification")
+    if not data.labelled:
+        raise GridError(f"{where}: the images of '{name}' have no labels, expected a dataset of classes")
     return data
 
 

@@ -15,15 +15,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from bench.errors import DataError
 from bench.protocols import Dataset, Sample
 from bench.registry import DATASETS
-from tasks.files import IMAGE_SUFFIXES, data_root, fingerprint_files, read_image, to_image
+from bench.rng import derive_seed
+from tasks.files import IMAGE_SUFFIXES, UNLABELLED, data_root, fingerprint_files, read_image, to_image
 
 __all__ = [
     "Cifar10",
@@ -36,6 +38,7 @@ __all__ = [
     "Published",
     "Svhn",
     "TinyImageNet",
+    "Unlabelled",
 ]
 
 
@@ -374,6 +377,47 @@ class ImageFolder(_Files):
 
     def _list(self) -> list[tuple[str, Path, int]]:
         return _walk(self.root, {name: label for label, name in enumerate(self.classes)})
+
+
+@DATASETS.register_module(name="unlabelled")
+class Unlabelled(_Files):
+    """Images of one folder whose labels are not asked for (each says -1), such as COCO's `train2017`.
+
+    They stand in an order drawn by `seed`: the first N of a training are N drawn at random.
+
+    Args:
+        folder: the folder of the images, below the root; folders inside it are not looked into.
+        root: folder that `folder` lies in; by default the data root.
+        size: resize to a square of this many pixels a side, whatever the shape (bilinear); None keeps the original.
+        seed: of the order.
+    """
+
+    labelled: ClassVar[bool] = False
+    classes = ()
+
+    def __init__(
+        self,
+        folder: str,
+        root: str | None = None,
+        size: int | None = None,
+        seed: Annotated[int, Field(ge=0)] = 0,
+    ) -> None:
+        self.root = data_root(root) / folder
+        self.size, self.seed = _check_size(size), seed
+
+    def _list(self) -> list[tuple[str, Path, int]]:
+        _check_folder(self.root, self._name(), "a folder of images")
+        found = (p for p in self.root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        # By a number of each name's own: files that come or go leave the others in their order.
+        paths = sorted(found, key=lambda path: (derive_seed("unlabelled", self.seed, path.name), path.name))
+        return [(path.name, path, UNLABELLED) for path in paths]
+
+    def __getitem__(self, index: int) -> Sample:
+        image_id, path, label = self._items[index]
+        image = read_image(path)
+        if self.size is not None:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return Sample(to_image(image), label, image_id)
 
 
 @DATASETS.register_module(name="imagenet")

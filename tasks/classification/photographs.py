@@ -16,13 +16,12 @@ from bench.errors import DataError
 from bench.protocols import Dataset, ImageRNG, Sample
 from bench.registry import DATASETS
 from bench.weights import sha256_file
-from tasks.files import IMAGE_SUFFIXES, data_root, fingerprint_files, read_image, to_image
+from tasks.files import IMAGE_SUFFIXES, UNLABELLED, data_root, fingerprint_files, read_image, to_image
 
 __all__ = ["Photographs"]
 
 #: The photographs by package, with the SHA-256 of each; `tools/photographs.sh` collects them.
 LISTED = Path(__file__).with_name("photographs.yaml")
-UNLABELLED = -1
 
 Pixels = Annotated[int, Field(ge=1)]
 
@@ -45,6 +44,7 @@ class Photographs(Dataset):
     """
 
     task: ClassVar[str] = "classification"
+    labelled: ClassVar[bool] = False
     classes = ()
 
     def __init__(

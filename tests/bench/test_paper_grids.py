@@ -297,6 +297,9 @@ class _Large(Dataset):
     task = "classification"
     name = "large"
 
+    def __init__(self, labelled: bool) -> None:
+        self.labelled = labelled  # type: ignore[misc]
+
     def __len__(self) -> int:
         return 30_000
 
@@ -330,7 +333,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     def dataset(*arguments: Any) -> Dataset:
         found = made(*arguments)
-        return found if found.task != "classification" else _Large()
+        return found if found.task != "classification" else _Large(found.labelled)
 
     session._plan_training.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -138,6 +138,38 @@ def test_resumed_run_ends_with_the_same_bits(name, stop, samples, target, tmp_pa
     assert resumed.epochs == history.epochs
 
 
+class Shifted(list[Sample]):
+    """Images that every epoch shows at another place; ids and labels stay."""
+
+    def shown(self, index: int, epoch: int) -> Sample:
+        sample = self[index]
+        return Sample(sample.image.roll(epoch, 2), sample.target, sample.id)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 7])
+def test_images_that_change_from_epoch_to_epoch(stop, samples, target, tmp_path):
+    seen: list[tuple[int, str, Tensor]] = []
+
+    class Watched(Shifted):
+        def shown(self, index: int, epoch: int) -> Sample:
+            sample = super().shown(index, epoch)
+            seen.append((epoch, sample.id, sample.image))
+            return sample
+
+    straight, still = trainer("cafd", Watched(samples), target), trainer("cafd", samples, target)
+    straight.run(), still.run()
+    assert [epoch for epoch, _, _ in seen] == [0] * 12 + [1] * 12 + [2] * 12
+    images = {(epoch, name): image for epoch, name, image in seen}
+    assert all(torch.equal(images[1, name], images[0, name].roll(1, 2)) for _, name, _ in seen)
+    assert not torch.equal(weights(straight), weights(still))
+    # A resumed run sees what one that was never interrupted saw.
+    state = tmp_path / "state.safetensors"
+    trainer("cafd", Shifted(samples), target, state=state).run(until=stop)
+    again = trainer("cafd", Shifted(samples), target, state=state)
+    assert again.run().epochs == straight.history.epochs
+    assert torch.equal(weights(again), weights(straight))
+
+
 KILLED = """
 import os, sys, signal
 sys.path[:0] = [{root!r}, {tests!r}]

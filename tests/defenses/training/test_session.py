@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import yaml
 from bench.errors import BenchError, MissingCheckpoint
 from bench.frame import cell_frame
 from bench.plan import Options, make_plan
-from bench.protocols import Sample
+from bench.protocols import Batch, Sample
+from bench.registry import ATTACKS as ATTACK
 from bench.registry import load_plugin
 from bench.store import Store
 from bench.weights import load_state, read_meta
+from defenses.training.adversary import AttackAdversary
 from defenses.training.recipe import RECIPES
-from defenses.training.session import cropped, plan_training
+from defenses.training.session import Prepared, _asks_labels, cropped, plan_training
+from tasks.classification.model import LogitsClassifier
+from tests.tasks.classification.coco import write_coco_images
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "plugins" / "toy.py"
@@ -289,3 +294,213 @@ def test_trained_on_crops(place: Path, train: Run) -> None:
     )
     target = small.source.load(torch.device("cpu"))
     assert {tuple(small.samples(target)[i].image.shape) for i in range(small.images)} == {(3, 8, 8)}
+
+
+def test_crops_drawn_anew_are_other_squares_in_every_epoch() -> None:
+    """A function of seed, epoch and image; without a seed an image keeps the square that it always had."""
+    images = [Sample(torch.rand(3, 40, 30), k, str(k)) for k in range(4)]
+    fixed, drawn, again, other = (Prepared(images, None, 4, 8, seed) for seed in (None, 3, 3, 4))
+    for k, image in enumerate(images):
+        assert torch.equal(fixed.shown(k, 5).image, cropped(image, 8).image)
+        squares = [drawn.shown(k, epoch) for epoch in range(6)]
+        assert {(s.image.shape, s.target, s.id) for s in squares} == {((3, 8, 8), k, str(k))}
+        assert len({tuple(s.image.flatten().tolist()) for s in squares}) >= 5
+        assert torch.equal(drawn[k].image, squares[0].image)
+        for epoch in (5, 0):  # in any order
+            assert torch.equal(again.shown(k, epoch).image, squares[epoch].image)
+        assert not torch.equal(other.shown(k, 0).image, squares[0].image)
+
+
+def test_crops_reach_every_place() -> None:
+    image = torch.arange(12 * 10, dtype=torch.float32).view(1, 12, 10).expand(3, 12, 10)
+    drawn = Prepared([Sample(image, -1, "a")], None, 1, 8, 0)
+    corners = {divmod(int(drawn.shown(0, epoch).image[0, 0, 0]), 10) for epoch in range(300)}
+    assert corners == {(y, x) for y in range(5) for x in range(3)}
+
+
+def planned(place: Path, recipe: str = "apegan", **training: Any) -> Any:
+    """A training of the toy profile with other settings."""
+    path = place / f"profile{len(list(place.iterdir()))}.yaml"
+    path.write_text(yaml.safe_dump({**PROFILE, "training": {"classification": {**TRAINING, **training}}}))
+    return plan_training(str(path), "classification", recipe)
+
+
+def test_settings_that_came_later_leave_keys_as_they_were(place: Path) -> None:
+    plain, cropping = planned(place), planned(place, crop=8)
+    assert planned(place, crop_anew=False, resize=True).key == plain.key
+    assert planned(place, crop=8, crop_anew=False, resize=True).key == cropping.key
+    assert "crop_anew" not in cropping.payload["data"]
+    anew = planned(place, crop=8, crop_anew=True, recipes={"apegan": {**RECIPE, "static": False}})
+    assert anew.payload["data"] == {**cropping.payload["data"], "crop_anew": True}
+
+
+COCO = {"name": "unlabelled", "folder": "coco/train2017", "size": 40}
+FREE = {
+    **RECIPE,
+    "static": False,
+    "batch": 2,
+    "attacks": [{"name": "fgsm", "params": {"labels": "predicted"}}],
+}
+UNLABELLED: dict[str, Any] = {
+    "dataset": COCO, "images": 5, "crop": 32, "crop_anew": True, "resize": False,
+    "score": None, "recipes": {"apegan": FREE, "hgd": {}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def coco(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place with a data root of six images in COCO's layout."""
+    monkeypatch.setenv("BENCH_DATA", "data")
+    write_coco_images(place / "data")
+    return place
+
+
+def test_trained_on_crops_of_unlabelled_images(coco: Path) -> None:
+    """The same seed gives the same checkpoint, another one other crops; and a run resumes."""
+
+    def weights(training: Any, state: Path | None = None, until: int | None = None) -> torch.Tensor:
+        target = training.source.load(torch.device("cpu"))
+        trainer = training.trainer(target, state, torch.device("cpu"))
+        trainer.run(until=until)
+        return torch.cat([value.flatten().double() for value in trainer.network.state_dict().values()])
+
+    training = planned(coco, **UNLABELLED)
+    target = training.source.load(torch.device("cpu"))
+    assert training.images == 5 and training.payload["data"]["crop_anew"] is True
+    shown = [training.samples(target).shown(0, epoch).image for epoch in range(4)]
+    assert {image.shape for image in shown} == {(3, 32, 32)}
+    assert len({tuple(image.flatten().tolist()) for image in shown}) > 1
+    first = weights(training)
+    assert torch.equal(weights(planned(coco, **UNLABELLED)), first)
+    kept = planned(coco, **{**UNLABELLED, "crop_anew": False})
+    assert kept.key != training.key and not torch.equal(weights(kept), first)
+    state = coco / "own" / "state.safetensors"
+    weights(training, state, until=3)
+    assert torch.equal(weights(training, state), first)
+
+
+def test_images_as_they_are_are_not_prepared_for_the_target(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, resized = planned(coco, **UNLABELLED), planned(coco, **{**UNLABELLED, "resize": True})
+    target = training.source.load(torch.device("cpu"))
+
+    def prepare(sample: Sample) -> Sample:
+        raise AssertionError("it was prepared")
+
+    monkeypatch.setattr(target, "prepare", prepare)
+    assert training.samples(target)[0].image.shape == (3, 32, 32)
+    with pytest.raises(AssertionError, match="it was prepared"):
+        resized.samples(target)[0]
+
+
+def test_preparation_is_in_the_key_where_there_is_one(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, resized = planned(coco, **UNLABELLED), planned(coco, **{**UNLABELLED, "resize": True})
+    for made in (training, resized):
+        monkeypatch.setattr(made.source, "input_spec", lambda: {"resize": 256})
+    assert training.payload["data"]["input"] == {} and resized.payload["data"]["input"] == {"resize": 256}
+
+
+def attacked_by(name: str) -> dict[str, Any]:
+    return {"recipes": {"apegan": {**FREE, "attacks": [{"name": name}]}}}
+
+
+AT = r"profile1\.yaml, training\.classification"
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("apegan", {"images": 25000}, rf"{AT}\.images: 25000 images asked for, unlabelled has 6$"),
+    (
+        "apegan",
+        {"dataset": {**COCO, "folder": "coco/val2017"}},
+        rf"{AT}\.dataset: dataset unlabelled: data/coco/val2017 does not exist; expected a folder of images",
+    ),
+    (
+        "apegan",
+        {"dataset": {**COCO, "folder": "empty"}},
+        rf"{AT}\.dataset: dataset unlabelled: data/empty holds no images$",
+    ),
+    ("apegan", {"dataset": {**COCO, "size": "480x480"}}, rf"{AT}\.dataset.* size: .*'480x480'"),
+    ("apegan", {"crop": None}, rf"{AT}: `crop_anew` needs `crop`, the side of the square"),
+    ("apegan", {"crop_anew": "random"}, rf"{AT}\.crop_anew.*random"),
+    (
+        "hgd",
+        {},
+        rf"{AT}\.crop_anew: true, but recipe 'hgd' attacks each image once and keeps the result \(static: true\); "
+        "expected `static: false`",
+    ),
+    (
+        "apegan",
+        attacked_by("fgsm"),
+        "attack 'fgsm' needs labels, which dataset unlabelled does not have; expected .*`labels: predicted`$",
+    ),
+    ("apegan", attacked_by("pgd"), "attack 'pgd' needs labels, .*; expected one without, such as ssp$"),
+    (
+        "hgd_labels",
+        {"recipes": {"hgd": {"static": False, "attacks": [{"name": "noise"}]}}},
+        "recipe hgd_labels: its loss needs labels, which dataset unlabelled does not have$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "changes", "said"), WRONG)
+def test_one_line_for_unlabelled_images_that_cannot_be_trained_on(
+    coco: Path, bench: Run, recipe: str, changes: dict[str, Any], said: str
+) -> None:
+    (coco / "data" / "empty").mkdir()
+    path = coco / "profile1.yaml"
+    path.write_text(yaml.safe_dump({**PROFILE, "training": {"classification": {**UNLABELLED, **changes}}}))
+    code, _, err = bench(
+        "train", "--profile", str(path), "--device", "cpu", "--store", "s", "--plugin", str(TOY),
+        "--role", "classification", "--defense", RECIPES[recipe].defense, "--recipe", recipe,
+    )  # fmt: skip
+    assert code == 2 and len(err.strip().splitlines()) == 1 and re.search(said, err.strip()), err
+
+
+def test_a_crop_that_does_not_fit_is_one_line(coco: Path) -> None:
+    training = planned(coco, **{**UNLABELLED, "crop": 41})
+    with pytest.raises(BenchError, match=r"training\.crop: image \d+\.jpg is 40x40 pixels, a crop of 41"):
+        training.trainer(training.source.load(torch.device("cpu")), None, torch.device("cpu"))
+
+
+FEW = {"steps": 2}
+ATTACKED: list[tuple[str, dict[str, Any], bool]] = [
+    ("none", {}, False), ("noise", {}, False), ("noise", {"draws": 3}, True), ("gaussian_noise", {}, False),
+    ("fgsm", {}, True), ("fgsm", {"labels": "predicted"}, False), ("r_fgsm", {}, True), ("bim", FEW, True),
+    ("bim", {**FEW, "labels": "predicted"}, False), ("pgd", FEW, True), ("mi_fgsm", FEW, True), ("tap", FEW, True),
+    ("pgd", {**FEW, "loss": "margin"}, True), ("pgd", {**FEW, "loss": "kl", "start": "normal"}, False),
+    ("ssp", FEW, False), ("ssp", {**FEW, "mode": "paper", "layer": "conv"}, False), ("fff", FEW, False),
+    ("cafa", FEW, False), ("hgd_ensemble", FEW, False), ("hgd_ensemble", {**FEW, "labels": "true"}, True),
+    ("apgd", {"steps": 4}, True), ("ddn", {"steps": 30}, True), ("deepfool", {"steps": 50}, True),
+    ("cw_l2", {"steps": 50, "binary_search_steps": 1, "initial_c": 100, "lr": 0.1}, True),
+    ("square", {"queries": 20}, True), ("stadv", FEW, True), ("spsa", {"steps": 1}, True),
+]  # fmt: skip
+
+
+class Maps(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 3, 2)
+        self.pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.fc = torch.nn.Linear(6, 4, bias=False)  # decisions that minimal-norm attacks can reach
+        torch.nn.init.normal_(self.fc.weight, std=10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(torch.relu(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize(("name", "params", "asks"), ATTACKED)
+def test_attacks_that_follow_a_label_are_known(name: str, params: dict[str, Any], asks: bool) -> None:
+    """By what they do: with other labels their images are others, or nothing is different at all."""
+    torch.manual_seed(0)
+    target = LogitsClassifier(Maps(), 4)
+    images = torch.rand(4, 3, 16, 16)
+    labels = [int(p.label) for p in target.predict(images)]
+
+    def made(targets: list[int]) -> torch.Tensor:
+        adversary = AttackAdversary([(ATTACK.create(name, params), 1.0)], target)
+        return adversary(Batch(images, tuple(targets), tuple("abcd")), "draw")
+
+    assert _asks_labels(ATTACK.create(name, params)) == asks
+    right, wrong = made(labels), made([(label + 1) % 4 for label in labels])
+    assert torch.equal(right, wrong) != asks
+    if not asks:
+        assert torch.equal(made([-1] * 4), right)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from scipy.io import savemat
 
 from bench.errors import DataError, PluginError
 from bench.registry import DATASETS
+from tests.tasks.classification.coco import GREY, write_coco_images
 from tests.tasks.classification.fashion import write_fashion
 
 RNG = np.random.default_rng(0)
@@ -311,6 +313,69 @@ def test_empty_folders(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is not a folder"):
         len(DATASETS.create("image_folder", {"root": str(tmp_path / "file")}))
+
+
+# -- images without labels ------------------------------------------------------------------------------------------
+def test_unlabelled_images_of_coco(tmp_path, monkeypatch):
+    """All of each image at one size, whatever its shape and mode, from a folder below the data root."""
+    names = write_coco_images(tmp_path)
+    folder = tmp_path / "coco" / "train2017"
+    (folder / "notes.txt").write_text("no image")
+    write_image(folder / "inside" / "x.png")
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path))
+    dataset = DATASETS.create("unlabelled", {"folder": "coco/train2017", "size": 24})
+    assert not dataset.labelled and dataset.task == "classification" and len(dataset.classes) == 0
+    assert sorted(dataset.ids()) == names
+    for i, image_id in enumerate(dataset.ids()):
+        sample = dataset[i]
+        assert (sample.id, sample.target) == (image_id, -1) and sample.image.shape == (3, 24, 24)
+        with Image.open(folder / image_id) as file:
+            expected = np.asarray(file.convert("RGB").resize((24, 24), Image.Resampling.BILINEAR))
+        assert np.array_equal((sample.image * 255).round().numpy().transpose(1, 2, 0), expected)
+        assert torch.equal(sample.image[0], sample.image[1]) == (image_id == GREY)
+    # As they are without a size; other roots hold the same images.
+    for params in ({"root": str(tmp_path)}, {"folder": str(folder)}):
+        whole = DATASETS.create("unlabelled", {"folder": "coco/train2017", **params})
+        assert whole.ids() == dataset.ids() and whole.fingerprint() != dataset.fingerprint()
+        assert whole[whole.ids().index("000000000030.jpg")].image.shape == (3, 64, 48)
+
+
+def test_unlabelled_images_stand_in_an_order_of_their_own(tmp_path):
+    """The first so many are drawn at random by the seed; one that goes leaves the others in place."""
+    names = write_coco_images(tmp_path)
+
+    def made(seed):
+        return DATASETS.create(
+            "unlabelled", {"folder": "coco/train2017", "root": str(tmp_path), "seed": seed}
+        )
+
+    orders = {tuple(made(seed).ids()) for seed in range(6)}
+    assert len(orders) > 1 and tuple(names) not in orders
+    assert made(1).ids() == made(1).ids() and made(1).fingerprint() == made(1).fingerprint()
+    assert made(1).fingerprint() != made(2).fingerprint()
+    before = list(made(1).ids())
+    (tmp_path / "coco" / "train2017" / before.pop(2)).unlink()
+    assert made(1).ids() == before
+
+
+def test_unlabelled_images_that_are_not_there(tmp_path):
+    def count(folder):
+        return len(DATASETS.create("unlabelled", {"folder": folder, "root": str(tmp_path)}))
+
+    missing = r"dataset unlabelled: .*/coco/train2017 does not exist; expected a folder of images; name it with root:"
+    with pytest.raises(DataError, match=missing):
+        count("coco/train2017")
+    (tmp_path / "coco" / "train2017").mkdir(parents=True)
+    (tmp_path / "coco" / "train2017.zip").write_text("")
+    with pytest.raises(DataError, match=r"unlabelled: .*/coco/train2017 holds no images"):
+        count("coco/train2017")
+    with pytest.raises(DataError, match=r"train2017\.zip is not a folder; expected a folder of images"):
+        count("coco/train2017.zip")
+    (tmp_path / "coco" / "train2017" / "a.jpg").write_text("no image at all")
+    with pytest.raises(DataError, match=r"image .*a\.jpg cannot be read"):
+        DATASETS.create("unlabelled", {"folder": "coco/train2017", "root": str(tmp_path)})[0]
+    with pytest.raises(PluginError, match="size: 0 is not 1 or more"):
+        DATASETS.create("unlabelled", {"folder": "coco", "size": 0})
 
 
 def test_imagenet_labels_do_not_depend_on_which_classes_are_there(tmp_path):

@@ -292,6 +292,8 @@ def test_training_and_scores_use_different_images() -> None:
         (("--arch", "vgg-19", "--dataset", "toy_images"), "vgg-19 needs images of 32x32 pixels, these have 8"),
         (("--dataset", "mini_digit"), "--dataset: unknown dataset 'mini_digit': did you mean 'mini_digits'"),
         (("--dataset", "mini_scenes_seg"), "'mini_scenes_seg' is for segmentation, expected a dataset of classif"),
+        (("--dataset", "photographs"), "--dataset: the images of 'photographs' have no labels, expected a dataset"),
+        (("--test", "photographs"), "--test: the images of 'photographs' have no labels, expected a dataset"),
         (("--dataset", "{name: mini_digits"), "--dataset: while parsing a flow mapping"),
         (("--dataset", "[1]"), "--dataset: expected a dataset such as {name: cifar10"),
         (("--dataset", "{name: mini_digits, splits: train}"), "unknown parameter 'splits': did you mean 'split'"),
