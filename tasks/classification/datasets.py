@@ -429,6 +429,7 @@ class ImageNet(_Files):
         split: `val` or `train`.
         size: crop the central square and reduce it to this many pixels a side (64 in some papers).
         per_class: take the first so many images of each class, by file name; None = all.
+        folder: folder below the root that holds `val`, for a part of ImageNet beside the whole.
     """
 
     def __init__(
@@ -437,6 +438,7 @@ class ImageNet(_Files):
         split: Literal["val", "train"] = "val",
         size: int | None = None,
         per_class: int | None = None,
+        folder: str | None = None,
     ) -> None:
         if per_class is not None and per_class < 1:
             raise ValueError(f"per_class: {per_class} is not 1 or more")
@@ -444,9 +446,8 @@ class ImageNet(_Files):
         given = data_root(root)
         self.split = split
         self.size = _check_size(size)
-        self.root = next(
-            (p for p in (given / split, given / "imagenet" / split) if p.is_dir()), given / split
-        )
+        places = [given / split, given / "imagenet" / split] if folder is None else [given / folder / split]
+        self.root = next((p for p in places if p.is_dir()), places[0])
 
     @functools.cached_property
     def classes(self) -> Sequence[str]:  # type: ignore[override]

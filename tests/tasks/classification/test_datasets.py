@@ -389,6 +389,16 @@ def test_imagenet_labels_do_not_depend_on_which_classes_are_there(tmp_path):
         len(DATASETS.create("imagenet", {"root": str(tmp_path)}))
 
 
+def test_a_part_of_imagenet_beside_the_whole(tmp_path, monkeypatch):
+    for place in ("imagenet", "imagenet250"):
+        write_image(tmp_path / place / "val" / "n15075141" / f"{place}.JPEG")
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path))
+    assert DATASETS.create("imagenet", {})[0].id == "n15075141/imagenet.JPEG"
+    assert DATASETS.create("imagenet", {"folder": "imagenet250"})[0].id == "n15075141/imagenet250.JPEG"
+    with pytest.raises(DataError, match="imagenet750"):
+        len(DATASETS.create("imagenet", {"folder": "imagenet750"}))
+
+
 def test_nips2017(tmp_path):
     array = write_image(tmp_path / "images" / "0c7ac4a8c9dfa802.png", (299, 299))
     write_image(tmp_path / "images" / "f43fbfe8a9ea876c.png", (299, 299))
