@@ -7,13 +7,14 @@ iterate, always after all steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from attacks.iterative import Factor, Iterative, KernelSize, Ratio, Steps
-from attacks.transforms import Canvas, MomentumNorm
+from attacks.transforms import Canvas, Interpolation, MomentumNorm
 from bench.protocols import Pixels
 from bench.registry import ATTACKS
 
@@ -68,11 +69,14 @@ class DIFGSM(Iterative):
         steps: number of steps; 20 is the authors' min(eps + 4, 1.25 eps) for eps 16.
         decay: decay factor mu; 1 gives M-DI2-FGSM, see `dim`.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest"}
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class DIFGSM(Iterative):
         prob: Chance = 0.5,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         loss: str = "ce",
         target: str | None = None,
     ) -> None:
@@ -95,6 +100,7 @@ class DIFGSM(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
         )
 
@@ -203,11 +209,14 @@ class DIM(Iterative):
         steps: number of steps.
         decay: decay factor mu.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest"}
 
     def __init__(
         self,
@@ -218,6 +227,7 @@ class DIM(Iterative):
         prob: Chance = 0.7,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         loss: str = "ce",
         target: str | None = None,
     ) -> None:
@@ -230,6 +240,7 @@ class DIM(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
         )
 
@@ -244,13 +255,16 @@ class DIMTI(Iterative):
         steps: number of steps.
         decay: decay factor mu.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         kernel: odd size of the Gaussian.
         sigmas: its cut-off in standard deviations.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest"}
 
     def __init__(
         self,
@@ -261,6 +275,7 @@ class DIMTI(Iterative):
         prob: Chance = 0.7,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         kernel: KernelSize = 15,
         sigmas: Annotated[float, Field(gt=0)] = 3.0,
         loss: str = "ce",
@@ -277,5 +292,6 @@ class DIMTI(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
         )
