@@ -12,8 +12,8 @@ Where an attack looks for the nearest adversarial image, every library takes par
 hyper-parameters, as far as it has them. A library counts as `as near` with a setting if that fools as many images and
 neither the median nor the mean length of its perturbations is more than 1 % above ours; the second table says how we
 stand against the fastest of those, or where there is none against the one that comes nearest. Attacks with an eps all
-run with the same settings, and what counts is that they fool as many images, less one in twenty: their random starts
-differ.
+run with the same settings, and what counts is that they fool as many images, less one in twenty, on the mean over
+all repeats: their random starts differ.
 
 `floor` is what the passes that our attack made would cost without an attack around them: as many forward and backward
 passes of the whole batch. Passes are counted at the network, per image. Beside every time stands what it bought: the
@@ -309,11 +309,15 @@ def measure(
         seen[name].backwards = counter.backwards / len(images)
         if name == "ours":
             passes[:] = [max(1, round(seen[name].forwards)), round(seen[name].backwards)]
-        if name != "floor" and len(seen[name].seconds) == 1:
-            with torch.no_grad():
-                wrong = network(out).argmax(1) != labels
+        count = len(seen[name].seconds)
+        if name == "floor" or (count > 1 and case.eps is None):
+            return
+        with torch.no_grad():
+            wrong = network(out).argmax(1) != labels
+        # Libraries draw anew at every run, some once for the whole batch: one run would be luck.
+        seen[name].success += (float(wrong.float().mean()) - seen[name].success) / count
+        if count == 1:
             delta = (out - images).flatten(1)[wrong].norm(case.norm, dim=1)
-            seen[name].success = float(wrong.float().mean())
             if len(delta):
                 seen[name].distance, seen[name].mean = float(delta.median()), float(delta.mean())
 
