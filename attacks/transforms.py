@@ -220,13 +220,13 @@ class InputDiversity:
         both = []
         for axis in (0, 1):
             length, canvas = inner[axis], placement.canvas[axis]
-            weights = _hats(placement.size[:, axis], placement.corner[:, axis], length, canvas).to(images)
+            weights = _hats(placement.size[:, axis], placement.corner[:, axis], length, canvas, images.dtype)
             if canvas != seen[axis]:
-                back = _hats(torch.tensor([length]), torch.tensor([0]), canvas, length).to(images)
+                back = _hats(torch.tensor([length]), torch.tensor([0]), canvas, length, images.dtype)
                 weights = back @ weights
             if self.keeps_size:
-                weights[~placement.applied] = torch.eye(length).to(images)
-            both.append(weights)
+                weights[~placement.applied] = torch.eye(length, dtype=images.dtype)
+            both.append(weights.to(images.device))
         rows, columns = both
         # On a CPU products with dense matrices take the time of torch's own resizing of a whole batch to one size at 32
         # pixels, and 2 % of a ResNet-50's at 224; their backward passes sum in a fixed order on a GPU, too.
@@ -297,16 +297,15 @@ def _selector(source: Tensor, length: int, like: Tensor) -> Tensor:
     return picks[:, None].to(device=like.device, dtype=like.dtype)
 
 
-def _hats(size: Tensor, corner: Tensor, length: int, out: int) -> Tensor:
+def _hats(size: Tensor, corner: Tensor, length: int, out: int, dtype: torch.dtype) -> Tensor:
     """Weights (B, out, length) of the bilinear resizing of `length` pixels to `size` (B,), at `corner` (B,) of `out`.
 
-    Weights fall off linearly from the place where a pixel's centre comes from; outside the resized image they are 0. In
-    double precision.
+    Weights fall off linearly from the place where a pixel's centre comes from; outside the resized image they are 0.
     """
     at = torch.arange(out) - corner[:, None]
     centre = ((at + 0.5) * length / size[:, None].double() - 0.5).clamp(0, length - 1)
     weights = (1 - (centre[..., None] - torch.arange(length)).abs()).clamp(min=0)
-    return weights * ((at >= 0) & (at < size[:, None]))[..., None]
+    return (weights * ((at >= 0) & (at < size[:, None]))[..., None]).to(dtype)
 
 
 def select_memory(memory: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
