@@ -7,10 +7,10 @@ network behind a defense, is whatever the oracle says it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -25,6 +25,7 @@ from attacks.transforms import (
     Canvas,
     GradientTransform,
     InputDiversity,
+    Interpolation,
     Momentum,
     MomentumNorm,
     TranslationInvariance,
@@ -67,7 +68,7 @@ Ratio = Annotated[
     Fraction,
     BeforeValidator(parse_fraction),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number", "exclusiveMinimum": 1}]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number", "exclusiveMinimum": 0}]}),
 ]
 """A ratio of lengths, exact."""
 
@@ -104,8 +105,9 @@ class Iterative(Attack):
         ti_kernel: size of the Gaussian that smooths the gradient; None = none.
         ti_sigmas: where that Gaussian is cut off, in standard deviations.
         di_prob: chance of input diversity at each step; 0 = none.
-        di_ratio: size of its canvas over that of the image.
+        di_ratio: size of its canvas over that of the image; below 1 the image shrinks, to no less than that.
         di_canvas: `enlarged` (published) or `native` (resized back to the image's size).
+        di_interpolation: `nearest` (published) or `bilinear`.
         target: rule for a wrong target to reach (`Task.attack_targets`); None = untargeted.
         labels: `true`, or `predicted`: the victim's own prediction for the clean image, which avoids label leaking
             (the practice of HGD's and DI's code).
@@ -116,6 +118,8 @@ class Iterative(Attack):
             time where attack and evaluation share one pipeline; off for images that another pipeline will see. None =
             as that demands (`attacks.scores.Stop`).
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"di_interpolation": "nearest"}
 
     def __init__(
         self,
@@ -136,6 +140,7 @@ class Iterative(Attack):
         di_prob: Probability = 0.0,
         di_ratio: Ratio = Fraction(330, 299),
         di_canvas: Canvas = "enlarged",
+        di_interpolation: Interpolation = "nearest",
         target: str | None = None,
         labels: Literal["true", "predicted"] = "true",
         return_best: bool = False,
@@ -169,7 +174,9 @@ class Iterative(Attack):
             self.transforms.append(TranslationInvariance(ti_kernel, ti_sigmas))
         if momentum > 0:
             self.transforms.append(Momentum(momentum, momentum_norm))
-        self.diversity = InputDiversity(di_prob, di_ratio, di_canvas) if di_prob > 0 else None
+        self.diversity = (
+            InputDiversity(di_prob, di_ratio, di_canvas, di_interpolation) if di_prob > 0 else None
+        )
         self.labels = labels
         self.return_best, self.best_by = return_best, best_by
         self.stop_when_fooled = stop_when_fooled is True

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from attacks.iterative import Factor, Iterative, KernelSize, Ratio, Steps
 from attacks.scores import Stop
-from attacks.transforms import Canvas, MomentumNorm
+from attacks.transforms import Canvas, Interpolation, MomentumNorm
 from bench.protocols import Pixels
 from bench.registry import ATTACKS
 
@@ -75,14 +75,15 @@ class DIFGSM(Iterative):
         steps: number of steps; 20 is the authors' min(eps + 4, 1.25 eps) for eps 16.
         decay: decay factor mu; 1 gives M-DI2-FGSM, see `dim`.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
         stop_when_fooled: see `iterative`.
     """
 
-    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest", "stop_when_fooled": False}
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class DIFGSM(Iterative):
         prob: Chance = 0.5,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         loss: str = "ce",
         target: str | None = None,
         stop_when_fooled: Stop = None,
@@ -106,6 +108,7 @@ class DIFGSM(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
             stop_when_fooled=stop_when_fooled,
         )
@@ -231,14 +234,15 @@ class DIM(Iterative):
         steps: number of steps.
         decay: decay factor mu.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         loss: see `iterative`.
         target: rule for a wrong target; None = untargeted.
         stop_when_fooled: see `iterative`.
     """
 
-    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest", "stop_when_fooled": False}
 
     def __init__(
         self,
@@ -249,6 +253,7 @@ class DIM(Iterative):
         prob: Chance = 0.7,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         loss: str = "ce",
         target: str | None = None,
         stop_when_fooled: Stop = None,
@@ -262,6 +267,7 @@ class DIM(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
             stop_when_fooled=stop_when_fooled,
         )
@@ -277,8 +283,9 @@ class DIMTI(Iterative):
         steps: number of steps.
         decay: decay factor mu.
         prob: chance that an image is resized and padded at a step.
-        ratio: canvas size over image size.
+        ratio: canvas size over image size; below 1 the image shrinks, to no less than that.
         canvas: `enlarged` or `native`, see `attacks.transforms.InputDiversity`.
+        interpolation: `nearest` (published) or `bilinear`; with `ratio: 9/10` as torchattacks resizes.
         kernel: odd size of the Gaussian.
         sigmas: its cut-off in standard deviations.
         loss: see `iterative`.
@@ -286,7 +293,7 @@ class DIMTI(Iterative):
         stop_when_fooled: see `iterative`.
     """
 
-    added: ClassVar[Mapping[str, Any]] = {"stop_when_fooled": False}
+    added: ClassVar[Mapping[str, Any]] = {"interpolation": "nearest", "stop_when_fooled": False}
 
     def __init__(
         self,
@@ -297,6 +304,7 @@ class DIMTI(Iterative):
         prob: Chance = 0.7,
         ratio: Ratio = RATIO,
         canvas: Canvas = "enlarged",
+        interpolation: Interpolation = "nearest",
         kernel: KernelSize = 15,
         sigmas: Annotated[float, Field(gt=0)] = 3.0,
         loss: str = "ce",
@@ -314,6 +322,7 @@ class DIMTI(Iterative):
             di_prob=prob,
             di_ratio=ratio,
             di_canvas=canvas,
+            di_interpolation=interpolation,
             target=target,
             stop_when_fooled=stop_when_fooled,
         )

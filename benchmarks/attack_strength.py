@@ -206,6 +206,21 @@ def _transferable(steps: int) -> list[Case]:
             )
             for name, more in (("di_fgsm", {}), ("dim", {"decay": 1.0, "diversity_prob": 0.7}))
         ),
+        # The transformation of torchattacks, which is neither of the two: shrunk to nine tenths or more, bilinearly.
+        *(
+            Case(
+                f"{name}, {steps} steps, shrunk",
+                (name, {**ours, "ratio": "9/10", "interpolation": "bilinear"}),
+                {"torchattacks": (theirs_name, {**theirs, **more})},
+                E,
+                INF,
+            )
+            for name, theirs_name, more in (
+                ("di_fgsm", "DIFGSM", {}),
+                ("dim", "DIFGSM", {"decay": 1.0, "diversity_prob": 0.7}),
+                ("dim_ti", "TIFGSM", {"decay": 1.0, "diversity_prob": 0.7}),
+            )
+        ),
         Case(
             f"ti_fgsm, {steps} steps",
             ("ti_fgsm", ours),

@@ -102,6 +102,101 @@ def test_every_size_equals_interpolate_and_pad():
     assert out.geometry.in_size == (20, 31) and out.geometry.out_size == (30, 46)
 
 
+@pytest.mark.parametrize("canvas", ["enlarged", "native"])
+@pytest.mark.parametrize(
+    ("ratio", "inner", "size", "corner", "outer"),
+    [
+        ("9/10", (32, 32), (28, 28), (1, 3), (32, 32)),
+        ("9/10", (32, 32), (31, 31), (0, 0), (32, 32)),
+        ("1/2", (20, 31), (13, 20), (6, 2), (20, 31)),
+        ("3/2", (20, 31), (27, 41), (2, 4), (30, 46)),
+        ("3/2", (20, 31), (20, 31), (9, 0), (30, 46)),
+        ("1/3", (1, 3), (1, 1), (0, 1), (1, 3)),
+    ],
+)
+def test_bilinear_resizing_is_that_of_interpolate(ratio, inner, size, corner, outer, canvas):
+    image = torch.rand(1, 3, *inner, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    part = InputDiversity(1.0, Fraction(ratio), canvas, "bilinear")
+    out = part.apply(image, place(size, corner, outer))
+    (top, left), (bottom, right) = corner, (outer[i] - size[i] - corner[i] for i in (0, 1))
+    expected = F.pad(F.interpolate(image, size=size, mode="bilinear"), (left, right, top, bottom))
+    if canvas == "native":
+        expected = F.interpolate(expected, size=inner, mode="bilinear")
+    torch.testing.assert_close(out.images, expected, rtol=0, atol=1e-12)
+    assert out.geometry.out_size == expected.shape[-2:]
+
+
+def bilinear(image: Tensor, size: tuple[int, int], corner: tuple[int, int]) -> Tensor:
+    """Shrink one channel (H, W) and place it on a canvas of its size, pixel by pixel."""
+    out = torch.zeros_like(image)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            v, u = ((at + 0.5) * n / s - 0.5 for at, n, s in zip((y, x), image.shape, size, strict=True))
+            v, u = min(max(v, 0), len(image) - 1), min(max(u, 0), image.shape[1] - 1)
+            value = 0
+            for i in (int(v), int(v) + 1):
+                for j in (int(u), int(u) + 1):
+                    weight = (1 - abs(v - i)) * (1 - abs(u - j))
+                    if weight:
+                        value = value + weight * image[i, j]
+            out[corner[0] + y, corner[1] + x] = value
+    return out
+
+
+def test_shrunk_images_and_their_gradients_are_those_of_a_loop_over_pixels(lab):
+    part = InputDiversity(0.7, Fraction(3, 5), interpolation="bilinear")
+    x = lab.rng(5).uniform((1, 8, 11)).double().requires_grad_()
+    placement = part.draw(lab.rng(5), (8, 11))
+    assert placement.applied.any() and not placement.applied.all()
+    assert len({tuple(row) for row in placement.size.tolist()}) > 1
+    out = part.apply(x, placement).images
+    looped = torch.stack([
+        bilinear(image[0], size, corner)[None] if moved else image
+        for image, moved, size, corner in zip(
+            x, placement.applied.tolist(), placement.size.tolist(), placement.corner.tolist(), strict=True
+        )
+    ])  # fmt: skip
+    torch.testing.assert_close(out, looped, rtol=0, atol=1e-12)
+    assert torch.equal(out[~placement.applied], x[~placement.applied])
+    weight = torch.randn_like(out)
+    gradients = (torch.autograd.grad((made * weight).sum(), x)[0] for made in (out, looped))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: part.apply(x, placement).images, x)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_shrunk_images_stay_in_one_batch_of_their_size(lab, interpolation):
+    """Whatever the canvas is called: it has the images' size, and those that are not moved are seen untouched."""
+    images, labels = lab.batch(6, (40, 30))
+    runs = []
+    for canvas in ("enlarged", "native"):
+        target = lab.Classifier(lab.convnet(), 5)
+        params = {"ratio": "9/10", "canvas": canvas, "interpolation": interpolation}
+        attack = ATTACKS.create("dim", params)
+        runs.append(lab.run(attack, target, images, labels))
+        assert {tuple(s) for s in target.sizes} == {(6, 3, 40, 30)}
+        placement = attack.diversity.draw(lab.rng(6), (40, 30))
+        moved = attack.diversity.apply(images, placement)
+        still = ~placement.applied
+        assert 0 < int(still.sum()) < 6 and torch.equal(moved.images[still], images[still])
+        assert (moved.geometry.scale[still] == 1).all() and (moved.geometry.scale[~still] < 1).all()
+    assert torch.equal(*runs)
+    assert not torch.equal(
+        runs[0], lab.run(ATTACKS.create("dim", {"canvas": "native"}), target, images, labels)
+    )
+
+
+def test_published_interpolation_is_not_in_keys():
+    for name, parameter in (
+        ("di_fgsm", "interpolation"), ("dim", "interpolation"), ("dim_ti", "interpolation"),
+        ("iterative", "di_interpolation"),
+    ):  # fmt: skip
+        plain = ATTACKS.create(name, {}).identity()
+        assert parameter not in plain["params"]
+        assert ATTACKS.create(name, {parameter: "nearest"}).identity() == plain
+        assert ATTACKS.create(name, {parameter: "bilinear"}).identity()["params"][parameter] == "bilinear"
+
+
 def test_gradient_of_diversity_is_its_adjoint():
     part = InputDiversity(1.0, Fraction(3, 2))
     x = torch.rand(2, 3, 16, 24, dtype=torch.double, requires_grad=True)
@@ -114,6 +209,28 @@ def test_gradient_of_diversity_is_its_adjoint():
     torch.testing.assert_close(
         (part.apply(direction, placement).images * weight).sum(), (grad * direction).sum()
     )
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("ratio", "canvas"), [("7/5", "enlarged"), ("7/5", "native"), ("3/5", "native")])
+@pytest.mark.parametrize("size", [(33, 32), (24, 45), (45, 24)])
+def test_a_bright_spot_moves_as_the_geometry_says(lab, size, ratio, canvas, interpolation):
+    part = InputDiversity(0.8, Fraction(ratio), canvas, interpolation)
+    count = 30
+    spots = lab.rng(count).uniform((2,)).double() * 6 + 9
+    # Wide enough that resizing hardly changes where its middle is.
+    distance = [torch.arange(n)[None] + 0.5 - spots[:, axis, None] for axis, n in enumerate(size)]
+    row, column = (torch.exp(-(d**2) / 8) for d in distance)
+    images = (row[:, :, None] * column[:, None])[:, None].expand(-1, 3, -1, -1)
+    placement = part.draw(lab.rng(count), size)
+    moved = part.apply(images, placement)
+    assert placement.applied.any() and not placement.applied.all()
+    for axis, across in ((0, 2), (1, 1)):
+        line = moved.images[:, 0].sum(across)
+        middle = (line * (torch.arange(line.shape[1]) + 0.5)).sum(1) / line.sum(1)
+        expected = spots[:, axis] * moved.geometry.scale[:, axis] + moved.geometry.offset[:, axis]
+        # The nearest neighbour is taken at a pixel's edge, once or twice.
+        assert (middle - expected).abs().max() < (1.0 if interpolation == "nearest" else 0.1)
 
 
 @pytest.mark.parametrize("canvas", ["enlarged", "native"])
@@ -182,6 +299,21 @@ def test_draws_cover_the_published_ranges(lab, size):
         assert int(corners.min()) == 0 and int(corners.max()) == draws.canvas[0] - size[0] - 1
     ratio = draws.size / torch.tensor(size)
     assert (ratio[:, 0] - ratio[:, 1]).abs().max() < 1 / min(size)
+
+
+@pytest.mark.parametrize(("size", "smallest"), [((32, 32), (28, 28)), ((20, 61), (18, 54)), ((4, 9), (3, 8))])
+def test_shrinking_draws_cover_the_range_of_torchattacks(lab, size, smallest):
+    draws = InputDiversity(0.5, Fraction(9, 10)).draw(lab.rng(4000), size)
+    assert draws.canvas == size
+    for axis in (0, 1):
+        assert set(draws.size[:, axis].tolist()) == set(range(smallest[axis], size[axis]))
+        free = size[axis] - draws.size[:, axis]
+        corners = draws.corner[:, axis]
+        assert (corners >= 0).all() and (corners < free).all()
+        assert set(corners[free == free.max()].tolist()) == set(range(size[axis] - smallest[axis]))
+    if size[0] == size[1]:
+        assert torch.equal(draws.size[:, 0], draws.size[:, 1])
+        assert set(torch.bincount(draws.size[:, 0])[28:].gt(900).tolist()) == {True}
 
 
 def test_unmoved_images_are_seen_as_they_are(lab):
@@ -270,7 +402,7 @@ def test_warped_images_reach_task_losses(lab):
 
 
 def test_diversity_refuses_nonsense():
-    for prob, ratio in ((0.0, 1.1), (1.2, 1.1), (0.5, 1.0), (0.5, 3.0)):
+    for prob, ratio in ((0.0, 1.1), (1.2, 1.1), (0.5, 1.0), (0.5, 3.0), (0.5, 0.0), (0.5, -0.5)):
         with pytest.raises(ValueError, match="input diversity"):
             InputDiversity(prob, ratio)
     assert isinstance(

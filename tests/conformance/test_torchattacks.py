@@ -86,3 +86,53 @@ def test_random_step_first(setting, monkeypatch):
     # The paper's form; its default is ten steps of another length.
     other = ta.RFGSM(setting.net, eps=EPS, alpha=EPS / 2, steps=1)(setting.images, setting.labels)
     torch.testing.assert_close(setting.run("r_fgsm", {"eps": "16/255"}), other, rtol=0, atol=1e-6)
+
+
+class Draws:
+    """torchattacks' draws of input diversity, made of the numbers that ours draws for one image."""
+
+    def __init__(self, numbers):
+        self.steps, self.left = iter(numbers.tolist()), []
+
+    def randint(self, low, high, size, dtype):
+        if not self.left:
+            # It asks for size, top and left, then for the chance; ours draws the chance first.
+            self.chance, *self.left = next(self.steps)
+        return torch.tensor([low + int(self.left.pop(0) * (high - low))], dtype=dtype)
+
+    def rand(self, count):
+        return torch.tensor([self.chance])
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(
+    ("name", "theirs", "flags"),
+    [
+        ("di_fgsm", "DIFGSM", {"decay": 0.0, "diversity_prob": 0.5}),
+        ("dim", "DIFGSM", {"decay": 1.0, "diversity_prob": 0.7}),
+        ("dim_ti", "TIFGSM", {"decay": 1.0, "diversity_prob": 0.7}),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.9, 0.6])
+def test_diverse_inputs_by_the_same_draws(setting, monkeypatch, name, theirs, flags, targeted, rate):
+    rng, own = setting.rng(), []
+    # It draws once for the whole batch, ours for each image: so it gets them one by one.
+    numbers = torch.stack([rng.uniform((4,)).double() for _ in range(STEPS["steps"])], 1)
+    for i in range(len(setting.images)):
+        attack = getattr(ta, theirs)(setting.net, **STEPS, **flags, resize_rate=rate)
+        if theirs == "TIFGSM":
+            attack.stacked_kernel = attack.stacked_kernel.to(setting.images.dtype)
+        if targeted:
+            attack.set_mode_targeted_by_label(quiet=True)
+        with monkeypatch.context() as patch:
+            draws = Draws(numbers[i])
+            patch.setattr(torch, "randint", draws.randint)
+            patch.setattr(torch, "rand", draws.rand)
+            labels = setting.wrong if targeted else setting.labels
+            own.append(attack(setting.images[i : i + 1], labels[i : i + 1]))
+    params = {"eps": "16/255", "alpha": "8/1275", "steps": 10}
+    shrinking = {"ratio": str(rate), "interpolation": "bilinear"}
+    ours = setting.run(name, {**params, **shrinking}, targeted)
+    torch.testing.assert_close(ours, torch.cat(own), rtol=0, atol=1e-6)
+    still = {"di_fgsm": "bim", "dim": "mi_fgsm", "dim_ti": "mi_fgsm_ti"}[name]
+    assert ((ours - setting.run(still, params, targeted)).abs().flatten(1).amax(1) > 0.01).all()
