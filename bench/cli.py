@@ -718,7 +718,7 @@ def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, form
         raise GridError(f"{plan.options.grid}: no table says which printed one it repeats (key `paper`)")
     parts = []
     for spec in chosen:
-        compared = compare(selected(frame, spec), spec.paper)
+        compared = compare(selected(frame, spec), spec.paper, plan.left_out)
         text = compared.to_csv(index=False) if format == "csv" else comparison_markdown(compared)
         parts.append(text if format == "csv" else f"### {spec.title or spec.name}\n\n{text}")
     return "\n\n".join(parts) + "\n"

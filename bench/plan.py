@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -131,7 +131,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid, resolved."""
+    """A grid, resolved.
+
+    Attributes:
+        orders: column of the frame -> its labels, in the grid's order.
+        left_out: column of the frame -> labels that only blocks for other profiles have.
+    """
 
     grid: Grid
     options: Options
@@ -139,6 +144,7 @@ class Plan:
     targets: Mapping[str, Target]
     cells: tuple[Cell, ...]
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def crafts(self) -> dict[str, Craft]:
         """Crafts of all cells, by key."""
@@ -241,6 +247,11 @@ class _Planner:
             self.targets,
             tuple(self.cells.values()),
             {column: tuple(values) for column, values in self.orders.items()},
+            {
+                column: frozenset(label for block in self._left_out.values() for label in labels(block))
+                - frozenset(self.orders.get(column, ()))
+                for column, labels in _COLUMNS.items()
+            },
         )
 
     # -- what is for other profiles ----------------------------------------------------------------------------------
@@ -651,6 +662,37 @@ def _roles(block: Block) -> Iterator[str]:
     yield from block.roles
     for threat in block.threats:
         yield from threat.sources
+
+
+def _shown(spec: DefenseSpec) -> str:
+    """What a defense or an attack is called in tables, before it is made."""
+    if isinstance(spec, list):
+        return " + ".join(_shown(member) for member in spec)
+    if isinstance(spec, str):
+        return spec
+    name, params, own = split_spec(_as_library(spec), "")
+    return own or _label(name, params)
+
+
+def _shown_level(threat: ThreatSpec) -> str:
+    label: str = threat.level
+    if threat.sources:
+        label += " from " + "+".join(threat.sources)
+    if threat.surrogate_seed is not None:
+        label += f" via seed {threat.surrogate_seed}"
+    elif threat.surrogate is not None:
+        label += " via " + _shown(threat.surrogate)
+    return label
+
+
+_COLUMNS: dict[str, Callable[[Block], Iterable[str]]] = {
+    "role": lambda block: block.roles,
+    "defense": lambda block: map(_shown, block.defenses),
+    "attack": lambda block: map(_shown, block.attacks),
+    "level": lambda block: (threat.level for threat in block.threats),
+    "level_label": lambda block: map(_shown_level, block.threats),
+}
+"""Column of the frame -> a block's labels of it."""
 
 
 def _labels(grid: Grid, blocks: Iterable[Block]) -> set[tuple[str, str]]:

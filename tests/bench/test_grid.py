@@ -291,6 +291,12 @@ def test_a_block_of_other_profiles_is_left_out_with_what_only_it_has(tmp_path: P
     alone = make_plan(Options(write(tmp_path, "\n".join(needed))))
     assert [c.key for c in whole.cells] == [c.key for c in alone.cells] and len(whole.cells) == 4
     assert whole.orders == alone.orders and list(whole.targets) == ["classification"]
+    # A table may name its labels, what it shares not counted.
+    assert {column: set(labels) for column, labels in whole.left_out.items()} == {
+        "role": {"elsewhere"}, "defense": {"big", "chained"}, "attack": {"learned"}, "level": {"transfer"},
+        "level_label": {"transfer from nowhere via inner"},
+    }  # fmt: skip
+    assert not any(alone.left_out.values())
     # For its own profile it is there, and so are its demands.
     mine = LIMITED.replace("profiles: [paper]", "profiles: [paper, mini]")
     with pytest.raises(BenchError, match=r"defenses\.big.*not_there\.pt"):
