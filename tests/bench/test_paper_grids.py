@@ -19,6 +19,7 @@ import torchvision
 import yaml
 from PIL import Image
 
+from attacks.cross_domain import Generator
 from bench.errors import BenchError, MissingCheckpoint, WeightsError
 from bench.figures.output import check_figures
 from bench.frame import cell_frame
@@ -242,17 +243,30 @@ def test_the_papers_profile_runs_on_a_data_root(
     (folder / "images.csv").write_text("ImageId,URL,TrueLabel,TargetClass\n0,,306,779\n1,,1,79\n")
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    torch.save(EDSR(4, 1).state_dict(), tmp_path / "edsr.pt")
+    torch.save(Generator().state_dict(), tmp_path / "comics.pth")
     grid = {
         "name": "small",
         "profile": "paper",
-        "attacks": {"bim": {"name": "bim", "eps": "8/255", "alpha": "2/255", "steps": 2}},
+        "defenses": {"sr": {"name": "sr", "weights": "edsr.pt"}},
+        "attacks": {
+            "bim": {"name": "bim", "eps": "8/255", "alpha": "2/255", "steps": 2},
+            "cda": {"name": "cda", "weights": "comics.pth", "eps": "8/255"},
+        },
         "blocks": [
+            {
+                "roles": ["nips_squeezenet"],
+                "defenses": ["sr"],
+                "attacks": ["bim", "cda"],
+                "threats": ["oblivious"],
+                "profiles": ["paper"],
+            },
             {
                 "roles": ["nips_squeezenet"],
                 "defenses": ["none", "jpeg"],
                 "attacks": ["bim"],
                 "threats": ["oblivious", "bpda"],
-            }
+            },
         ],
         "tables": [
             {"name": "main", "rows": ["level", "attack"], "columns": ["defense"], "metric": "accuracy"}
@@ -267,7 +281,7 @@ def test_the_papers_profile_runs_on_a_data_root(
     frame = pd.read_csv("out/results.csv")
     accuracy = frame[(frame["metric"] == "accuracy") & (frame["attack"] != "worst case")]
     # On the bare model the level that knows of the defense is the one that does not.
-    assert len(accuracy) == 6 and set(accuracy["status"]) == {"ok"} and set(accuracy["n"]) == {2}
+    assert len(accuracy) == 6 + 3 and set(accuracy["status"]) == {"ok"} and set(accuracy["n"]) == {2}
     # Weights that are not there: where to put which file.
     (tmp_path / "squeezenet1_1-b8a52dc0.pth").unlink()
     code, _, err = bench(*command, "--store", "other")
@@ -299,6 +313,30 @@ def test_missing_weights_of_a_retrained_model_say_what_they_are(
     name, params, _ = split_spec(load_profile("paper")[0].roles[role].model, role)
     with pytest.raises(WeightsError, match=said):
         MODELS.create(name, params).identity()
+
+
+def test_missing_targets_say_what_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finetuned one would otherwise be trained like the one it starts from."""
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "trades": "--adversarial trades",
+        "free": "--adversarial free --epochs 25",
+        "doa": "--adversarial doa",
+    }
+    checked = set()
+    for role, binding in load_profile("paper")[0].roles.items():
+        base, _, last = role.rpartition("_")
+        name, params, _ = split_spec(binding.model, role)
+        if name != "cifar" or last not in (*options, "finetune"):
+            continue
+        wanted = options.get(last, options.get(base.rpartition("_")[2], ""))
+        if last == "finetune":
+            wanted = f"--init {'_'.join(role.split('_')[:2])}.safetensors {wanted}".rstrip()
+        with pytest.raises(WeightsError) as error:
+            MODELS.create(name, params).identity()
+        assert f"{wanted} --out {params['checkpoint']}`" in str(error.value), role
+        checked.add(role)
+    assert len(checked) == 18 + 2 + 11
 
 
 # -- what the papers' profile trains -----------------------------------------------------------------------------------
