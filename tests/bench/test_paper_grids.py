@@ -295,7 +295,10 @@ def test_the_papers_profile_runs_on_a_data_root(
             "cityscapes_deeplabv3_ddcat",
             "it is a DeepLabv3 of this config after DDC-AT; the one that Xu et al. publish is",
         ),
-        ("voc2012_pspnet_finetune", "it is a PSPNet of this config trained on from the published checkpoint"),
+        (
+            "voc2012_pspnet_finetune",
+            "it is a PSPNet of this config after further training of the published one",
+        ),
         (
             "voc0712_rfbnet_con",
             "it is an SSD of this config after adversarial training on both losses together",
