@@ -480,6 +480,19 @@ def test_every_grid_can_be_planned_on_the_papers_profile(
             assert mine and not [c.label for c in mine if c.skip], index
 
 
+def test_a_copy_of_the_papers_profile_needs_no_unpublished_targets(
+    root: Path, tmp_path: Path, named_images: None, missing: list[str]
+) -> None:
+    """As grids/papers/README.md says."""
+    own = tmp_path / "mine.yaml"
+    text = (GRIDS / "profiles" / "paper.yaml").read_text(encoding="utf-8")
+    own.write_text(text.replace("name: paper\n", "name: mine\n", 1), encoding="utf-8")
+    path = GRIDS / "papers" / "alignment_table9.yaml"
+    plan = make_plan(Options(path, profile=str(own)))
+    assert set(plan.targets) == {"cityscapes_deeplabv3", "voc2012_deeplabv3", "voc0712_rfbnet"}
+    assert _covered(plan)[0] == _covered(make_plan(Options(path)))[0]
+
+
 def test_generators_of_other_pictures_are_each_roles_own(
     root: Path, named_images: None, missing: list[str]
 ) -> None:
