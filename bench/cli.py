@@ -466,8 +466,16 @@ def train_target_command(
     ] = True,
     label_smoothing: Annotated[float, typer.Option(help="Probability that the other classes share.")] = 0.0,
     adversarial: Annotated[
-        str, typer.Option(help="none, pgd, trades or free (which shows each batch eight times).")
+        str,
+        typer.Option(
+            help="none, pgd, trades, free (which shows each batch eight times) or doa (a square of 7x7 pixels, tried "
+            "at every place)."
+        ),
     ] = "none",
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to start from, of the same network and classes; default: new weights."),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to this many pixels a side inside the model.")
     ] = None,
@@ -508,7 +516,8 @@ def train_target_command(
         normalise=normalise, label_smoothing=label_smoothing, adversarial=adversarial, size=size,  # type: ignore[arg-type]
         precision=precision, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
-    job = training.TargetTraining(recipe, data, held_out, dataset, test, score_images)
+    start = None if init is None else training.starting_point(init, recipe, len(data.classes))
+    job = training.TargetTraining(recipe, data, held_out, dataset, test, score_images, start)
     if not overwrite and training.existing(out_file, job.key):
         out.print(escape(f"{out_file} is there already"))
         return
@@ -709,7 +718,7 @@ def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, form
         raise GridError(f"{plan.options.grid}: no table says which printed one it repeats (key `paper`)")
     parts = []
     for spec in chosen:
-        compared = compare(selected(frame, spec), spec.paper)
+        compared = compare(selected(frame, spec), spec.paper, plan.left_out)
         text = compared.to_csv(index=False) if format == "csv" else comparison_markdown(compared)
         parts.append(text if format == "csv" else f"### {spec.title or spec.name}\n\n{text}")
     return "\n\n".join(parts) + "\n"

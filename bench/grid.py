@@ -111,6 +111,17 @@ class Block(_Strict):
     attacks: list[PluginSpec] = Field(min_length=1)
     threats: list[Threat] = Field(min_length=1, description="levels, or levels with their settings")
     clean: bool = Field(default=True, description="also evaluate every defense on clean images")
+    profiles: list[str] = Field(
+        default_factory=list,
+        min_length=1,
+        description="names of the only profiles this block is for; on others it is left out, with the roles, defenses "
+        "and attacks that no other block has. What it says of a defense or attack no `overrides` replace. All profiles "
+        "when absent",
+    )
+
+    def is_for(self, profile: str) -> bool:
+        """Whether the profile of this name has the block."""
+        return not self.profiles or profile in self.profiles
 
 
 class Grid(_Strict):
@@ -350,7 +361,7 @@ def load_profile(name: str, where: str = "", grid: Path | None = None) -> tuple[
     """
     path = Path(name)
     at = f"{where}: " if where else ""
-    shipped = [p.stem for p in PROFILES.glob("*.yaml")]
+    shipped = shipped_profiles()
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
         if not path.is_file():
@@ -363,6 +374,11 @@ def load_profile(name: str, where: str = "", grid: Path | None = None) -> tuple[
             near = (str(Path(name).with_name(other)) for other in _profiles_in(path.parent))
             raise GridError(at + unknown("profile file", name, [*shipped, *near]))
     return typing.cast(Profile, parse(Profile, read_yaml(path), str(path))), str(path)
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles that come with the project."""
+    return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
 
 def beside(grid: Path | None, name: str) -> Path:

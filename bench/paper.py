@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "layout",
     "no_grid",
     "not_covered",
+    "only_on",
     "paper_app",
     "printed_table",
     "render",
@@ -160,11 +161,22 @@ def _uncovered() -> Mapping[str, Sequence[Mapping[str, Any]]]:
 
 
 def not_covered(value: Value) -> str | None:
-    """Why no grid measures a printed cell; None where one does."""
+    """Why no grid measures a printed cell; None where one does, be it on one profile alone."""
+    entry = _entry(value)
+    return None if entry is None or "profile" in entry else str(entry["reason"])
+
+
+def only_on(value: Value) -> str | None:
+    """The one profile on which a grid measures a printed cell; None where it does on others too, or nowhere."""
+    entry = _entry(value)
+    return None if entry is None or "profile" not in entry else str(entry["profile"])
+
+
+def _entry(value: Value) -> Mapping[str, Any] | None:
     for entry in _uncovered().get(f"{value.paper}/{value.table}", ()):
         wanted = entry["where"].items()
         if all(getattr(value, k) in (v if isinstance(v, list) else [v]) for k, v in wanted):
-            return str(entry["reason"])
+            return entry
     return None
 
 
@@ -540,7 +552,9 @@ _MAIN = {
 """Columns of the frame -> fields of a value that one of their labels may name."""
 
 
-def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
+def compare(
+    frame: pd.DataFrame, mapping: Mapping[str, Any], left_out: Mapping[str, Collection[str]] | None = None
+) -> pd.DataFrame:
     """Measured and printed numbers, cell for cell.
 
     A line of the frame meets the printed value that has its threat level and metric and whatever `mapping` says of its
@@ -553,6 +567,7 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
             have (a value or a list). `mean`: see above. `role`, `dataset`, `model`, `defense`, `attack`, `level`,
             `level_label` and `metric`: our label -> the paper's label or id, or several fields: {dataset: CIFAR-10,
             eps: 8}.
+        left_out: of `bench.plan.Plan`: labels that a mapping may have although no line does, since its profile has not.
 
     Returns:
         One line a cell, in printed order: part, row, column (as printed), role, defense, attack, level, metric, seed,
@@ -571,6 +586,8 @@ def compare(frame: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
     spec = layout(id)
     printed = [v for v in values(spec.paper) if f"{v.paper}/{v.table}" == id]
     known = {column: {str(label) for label in frame[column].unique()} for column in columns}
+    for column in columns:
+        known[column] |= set((left_out or {}).get(column, ()))
     for column, labels in columns.items():
         for label, wanted in labels.items():
             if label not in known[column]:
@@ -861,7 +878,7 @@ paper_app = typer.Typer(
 
 @paper_app.command("list")
 def _list() -> None:
-    """All tables with the number of their cells, and of those that no grid measures.
+    """All tables with the number of their cells, and of those that no grid measures, or on profile paper alone.
 
     results/paper/not_covered.yaml has the reasons.
     """
@@ -869,13 +886,16 @@ def _list() -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
-    grid = Grid("table", "cells", "of them numbers", "in no grid", "what it shows", box=None, pad_edge=False)
+    heads = ("table", "cells", "of them numbers", "in no grid", "on profile paper alone", "what it shows")
+    grid = Grid(*heads, box=None, pad_edge=False)
     for id in table_ids():
         paper, _, table = id.partition("/")
         inside = [value for value in values(paper) if value.table == table]
         numbers = [value for value in inside if value.text]
         left = sum(not_covered(value) is not None for value in numbers)
-        grid.add_row(id, str(len(inside)), str(len(numbers)), str(left or ""), escape(layout(id).title))
+        there = sum(only_on(value) == "paper" for value in numbers)
+        counts = (len(inside), len(numbers), left or "", there or "")
+        grid.add_row(id, *map(str, counts), escape(layout(id).title))
     Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000).print(grid)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ from bench.errors import (
     NotApplicable,
     PluginError,
     WeightsError,
+    listed,
     unknown,
 )
 from bench.grid import (
@@ -34,6 +35,7 @@ from bench.grid import (
     beside,
     load_grid,
     load_profile,
+    shipped_profiles,
     split_spec,
 )
 from bench.keys import content_key
@@ -130,7 +132,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid, resolved."""
+    """A grid, resolved.
+
+    Attributes:
+        orders: column of the frame -> its labels, in the grid's order.
+        left_out: column of the frame -> labels that only blocks for other profiles have.
+    """
 
     grid: Grid
     options: Options
@@ -138,6 +145,7 @@ class Plan:
     targets: Mapping[str, Target]
     cells: tuple[Cell, ...]
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def crafts(self) -> dict[str, Craft]:
         """Crafts of all cells, by key."""
@@ -196,19 +204,31 @@ class _Planner:
         self._placed: dict[tuple[int, str], tuple[Defense, Defense | None]] = {}
         self._others: dict[tuple[int, int], tuple[Defense, Defense]] = {}
         self._missing: dict[str, MissingCheckpoint] = {}
-        self._own: dict[tuple[int, str], tuple[Defense | Attack, Defense | Attack]] = {}
+        self._own: dict[tuple[int, str, bool], tuple[Defense | Attack, Defense | Attack]] = {}
+        self._said: dict[int, tuple[Defense | Attack, frozenset[str]]] = {}
+        self._limited = False
         self._check_overrides()
+        self._blocks, self._left_out = self._chosen_blocks()
 
     def plan(self) -> Plan:
+        for index, block in self._left_out.items():
+            self._only_check_block(block, f"blocks[{index}]")
+        unneeded = _labels(self.grid, self._left_out.values()) - _labels(self.grid, self._blocks.values())
         for label, spec in self.grid.defenses.items():
-            self._defense(spec, f"defenses.{label}", label)
+            if ("defenses", label) in unneeded:
+                self._only_check("defenses", spec, f"defenses.{label}")
+            else:
+                self._defense(spec, f"defenses.{label}", label)
         for label, attack in self.grid.attacks.items():
             if label == CLEAN:
                 raise GridError(
                     f"{self.source}, attacks.{label}: '{CLEAN}' is the label of the unattacked images"
                 )
-            self._attack(attack, f"attacks.{label}", label)
-        for index, block in enumerate(self.grid.blocks):
+            if ("attacks", label) in unneeded:
+                self._only_check("attacks", attack, f"attacks.{label}")
+            else:
+                self._attack(attack, f"attacks.{label}", label)
+        for index, block in self._blocks.items():
             self._block(block, f"blocks[{index}]")
         if self._missing:
             errors = list(self._missing.values())
@@ -218,7 +238,8 @@ class _Planner:
         for name in self.grid.images:
             roles = {target.role for target in self.targets.values()}
             tasks = {target.task for target in self.targets.values()}
-            if name not in roles | tasks | set(self.profile.roles) | set(TASKS):
+            elsewhere = {role for block in self._left_out.values() for role in _roles(block)}
+            if name not in roles | tasks | elsewhere | set(self.profile.roles) | set(TASKS):
                 raise GridError(f"{self.source}, images: {unknown('role or task', name, roles | tasks)}")
         return Plan(
             self.grid,
@@ -227,7 +248,54 @@ class _Planner:
             self.targets,
             tuple(self.cells.values()),
             {column: tuple(values) for column, values in self.orders.items()},
+            {
+                column: frozenset(label for block in self._left_out.values() for label in labels(block))
+                - frozenset(self.orders.get(column, ()))
+                for column, labels in _COLUMNS.items()
+            },
         )
+
+    # -- what is for other profiles ----------------------------------------------------------------------------------
+    def _chosen_blocks(self) -> tuple[dict[int, Block], dict[int, Block]]:
+        """The blocks for this profile and those for others, by their places in the grid."""
+        known = {*shipped_profiles(), self.profile.name}
+        for index, block in enumerate(self.grid.blocks):
+            for i, name in enumerate(block.profiles):
+                if name not in known:
+                    at = f"{self.source}, blocks[{index}].profiles[{i}]"
+                    raise GridError(f"{at}: {unknown('profile', name, known)}")
+        chosen = {i: block for i, block in enumerate(self.grid.blocks) if block.is_for(self.profile.name)}
+        if not chosen:
+            names = {name for block in self.grid.blocks for name in block.profiles}
+            raise GridError(
+                f"{self.source}, blocks: none is for profile {self.profile.name}, all are for {listed(sorted(names))}"
+            )
+        return chosen, {i: block for i, block in enumerate(self.grid.blocks) if i not in chosen}
+
+    def _only_check_block(self, block: Block, where: str) -> None:
+        """What a block of other profiles says in place of labels."""
+        for i, spec in enumerate(block.defenses):
+            if not (isinstance(spec, str) and spec in self.grid.defenses):
+                self._only_check("defenses", spec, f"{where}.defenses[{i}]")
+        for i, attack in enumerate(block.attacks):
+            if not (isinstance(attack, str) and attack in self.grid.attacks):
+                self._only_check("attacks", attack, f"{where}.attacks[{i}]")
+
+    def _only_check(self, kind: Literal["defenses", "attacks"], spec: DefenseSpec, where: str) -> None:
+        """Name and parameters of what only other profiles have, made of nothing: its files may not be there."""
+        if isinstance(spec, list):
+            for i, member in enumerate(spec):
+                if not (isinstance(member, str) and member in self.grid.defenses):
+                    self._only_check(kind, member, f"{where}[{i}]")
+            return
+        at = f"{self.source}, {where}"
+        registry, labels = (
+            (DEFENSES, self.grid.defenses) if kind == "defenses" else (ATTACKS, self.grid.attacks)
+        )
+        name, params, _ = split_spec(_as_library(spec) if kind == "attacks" else spec, at)
+        if name not in registry.names():
+            raise GridError(f"{at}: {unknown(registry.kind, name, {*registry.names(), *labels})}")
+        registry.validate(name, params, at)
 
     # -- what the profile gives in place of the grid -----------------------------------------------------------------
     def _check_overrides(self) -> None:
@@ -251,16 +319,25 @@ class _Planner:
         entry = self.profile.overrides.get(target.role, self.profile.overrides.get(target.task))
         return {} if entry is None else getattr(entry, kind).get(plugin, {})
 
+    def _changes(
+        self, kind: Literal["defenses", "attacks"], plugin: Defense | Attack, target: Target
+    ) -> dict[str, Any]:
+        """What the profile replaces of a plug-in's parameters on the data of `target`."""
+        changes = self._overridden(kind, plugin.name, target)
+        # A block that names its profiles says for them what it says.
+        kept = self._said[id(plugin)][1] if self._limited and id(plugin) in self._said else ()
+        return {name: value for name, value in changes.items() if name not in kept}
+
     def _own_defense(self, defense: Defense, target: Target) -> Defense:
         """`defense` with the parameters that the profile gives it on the data of `target`."""
-        key = (id(defense), target.role)
+        key = (id(defense), target.role, self._limited)
         if key not in self._own:
             own = defense
             if isinstance(defense, Chain):
                 members = [self._own_defense(member, target) for member in defense.members]
                 if any(a is not b for a, b in zip(members, defense.members, strict=True)):
                     own = Chain(members)
-            elif changes := self._overridden("defenses", defense.name, target):
+            elif changes := self._changes("defenses", defense, target):
                 at = f"{self.profile_source}, overrides, role {target.role}"
                 own = DEFENSES.create(defense.name, {**defense.params, **changes}, at)
                 own.eval().requires_grad_(False)
@@ -270,10 +347,10 @@ class _Planner:
 
     def _own_attack(self, attack: Attack, target: Target) -> Attack:
         """`attack` with the parameters that the profile gives it on the data of `target`."""
-        key = (id(attack), target.role)
+        key = (id(attack), target.role, self._limited)
         if key not in self._own:
             own = attack
-            if changes := self._overridden("attacks", attack.name, target):
+            if changes := self._changes("attacks", attack, target):
                 at = f"{self.profile_source}, overrides, role {target.role}"
                 own = ATTACKS.create(attack.name, {**attack.params, **changes}, at)
             self._own[key] = (attack, own)
@@ -332,6 +409,8 @@ class _Planner:
             raise GridError(f"{at}: {unknown('defense', name, {*DEFENSES.names(), *self.grid.defenses})}")
         defense: Defense = DEFENSES.create(name, params, at)
         defense.eval().requires_grad_(False)
+        # With the plug-in, which must live as long as its id is a key.
+        self._said[id(defense)] = (defense, frozenset(params))
         shown = label or own or _label(name, params)
         if label or own:
             self._defenses[shown] = (shown, defense)
@@ -375,12 +454,11 @@ class _Planner:
         at = f"{self.source}, {where}"
         if label is None and isinstance(spec, str) and spec in self._attacks:
             return self._attacks[spec]
-        if isinstance(spec, Mapping) and "library" in spec and "name" not in spec:
-            spec = {"name": "library", **spec}
-        name, params, own = split_spec(spec, at)
+        name, params, own = split_spec(_as_library(spec), at)
         if name not in ATTACKS.names():
             raise GridError(f"{at}: {unknown('attack', name, {*ATTACKS.names(), *self.grid.attacks})}")
         attack: Attack = ATTACKS.create(name, params, at)
+        self._said[id(attack)] = (attack, frozenset(params))
         shown = label or own or _label(name, params)
         if label or own:
             self._attacks[shown] = (shown, attack)
@@ -388,6 +466,7 @@ class _Planner:
 
     # -- expansion ------------------------------------------------------------------------------------------------
     def _block(self, block: Block, where: str) -> None:
+        self._limited = bool(block.profiles)
         targets = [self._target(role, f"{where}.roles[{i}]") for i, role in enumerate(block.roles)]
         defenses = [self._defense(spec, f"{where}.defenses[{i}]") for i, spec in enumerate(block.defenses)]
         attacks = [self._attack(spec, f"{where}.attacks[{i}]") for i, spec in enumerate(block.attacks)]
@@ -583,6 +662,70 @@ class _Planner:
         if key not in self.crafts:
             self.crafts[key] = Craft(key, payload, target, sources, attack, behind, mode, eot)
         return self.crafts[key]
+
+
+def _roles(block: Block) -> Iterator[str]:
+    """Every role of a block, those of its transfers too."""
+    yield from block.roles
+    for threat in block.threats:
+        yield from threat.sources
+
+
+def _shown(spec: DefenseSpec) -> str:
+    """What a defense or an attack is called in tables, before it is made."""
+    if isinstance(spec, list):
+        return " + ".join(_shown(member) for member in spec)
+    if isinstance(spec, str):
+        return spec
+    name, params, own = split_spec(_as_library(spec), "")
+    return own or _label(name, params)
+
+
+def _shown_level(threat: ThreatSpec) -> str:
+    label: str = threat.level
+    if threat.sources:
+        label += " from " + "+".join(threat.sources)
+    if threat.surrogate_seed is not None:
+        label += f" via seed {threat.surrogate_seed}"
+    elif threat.surrogate is not None:
+        label += " via " + _shown(threat.surrogate)
+    return label
+
+
+_COLUMNS: dict[str, Callable[[Block], Iterable[str]]] = {
+    "role": lambda block: block.roles,
+    "defense": lambda block: map(_shown, block.defenses),
+    "attack": lambda block: map(_shown, block.attacks),
+    "level": lambda block: (threat.level for threat in block.threats),
+    "level_label": lambda block: map(_shown_level, block.threats),
+}
+"""Column of the frame -> a block's labels of it."""
+
+
+def _labels(grid: Grid, blocks: Iterable[Block]) -> set[tuple[str, str]]:
+    """Labels of the grid's defenses and attacks that blocks use, those inside chains too: (defenses, LABEL)."""
+    found: set[tuple[str, str]] = set()
+    for block in blocks:
+        found |= {
+            ("attacks", spec) for spec in block.attacks if isinstance(spec, str) and spec in grid.attacks
+        }
+        open_: list[Any] = [*block.defenses, *(threat.surrogate for threat in block.threats)]
+        while open_:
+            spec = open_.pop()
+            if isinstance(spec, list):
+                open_ += spec
+            elif isinstance(spec, str) and spec in grid.defenses and ("defenses", spec) not in found:
+                found.add(("defenses", spec))
+                # Outside a chain a label means a registered name, not another label.
+                open_ += grid.defenses[spec] if isinstance(grid.defenses[spec], list) else []
+    return found
+
+
+def _as_library(spec: PluginSpec) -> PluginSpec:
+    """An attack of another library, which needs no name."""
+    if isinstance(spec, Mapping) and "library" in spec and "name" not in spec:
+        return {"name": "library", **spec}
+    return spec
 
 
 def reference_of(attack: Attack, behind: Defense | None) -> dict[str, str]:

@@ -8,13 +8,12 @@ from typing import Annotated, Any, cast
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from bench.errors import NotApplicable
 from bench.protocols import ImageRNG
 from bench.registry import DEFENSES
 from defenses._learned import Learned
-from defenses.networks.wgan import WGANGenerator
+from defenses.networks.wgan import WGANGenerator, scaled
 from tasks.microbatch import micro_batches
 
 
@@ -106,7 +105,7 @@ class DefenseGAN(Learned):
         # Copies, because matrix products sum in an order that depends on where in memory a row begins.
         x = together[:, :pixels].clone(memory_format=torch.contiguous_format).view(-1, 3, *size)
         z = together[:, pixels:].clone(memory_format=torch.contiguous_format)
-        wanted = (_resized(x, self._size) - self.mean) / self.std
+        wanted = (scaled(x, self._size) - self.mean) / self.std
         wanted = wanted.repeat_interleave(self.R, 0)
         z = z.view(len(wanted), -1)
         velocity = torch.zeros_like(z)
@@ -121,15 +120,9 @@ class DefenseGAN(Learned):
             made = network(z)
             best = _distance(made, wanted).view(-1, self.R).argmin(1)
             chosen = made.unflatten(0, (-1, self.R))[torch.arange(len(best)), best]
-            return _resized(chosen * self.std + self.mean, size)
+            return scaled(chosen * self.std + self.mean, size)
 
 
 def _distance(images: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared difference of each image, (B,)."""
     return (images - wanted).square().flatten(1).mean(1)
-
-
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    if images.shape[-2:] == size:
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

@@ -73,6 +73,13 @@ class WGANCritic(nn.Module):
         return scores
 
 
+def scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) at another size (bilinear, smoothed where they become smaller); as they are where it fits."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def init_wgan(module: nn.Module) -> None:
     """Initial weights of WGAN-GP's code: uniform, He-scaled for convolutions, Glorot-scaled for linear layers."""
     for layer in module.modules():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench.errors import PluginError
 from bench.rng import derive_seed
 from defenses.networks.diffusion import DDPMUNet, diffused
-from defenses.networks.wgan import WGANGenerator
+from defenses.networks.wgan import WGANGenerator, scaled
 from defenses.training import losses
 from defenses.training.objectives import OBJECTIVES, Objective, Step, Terms
 
@@ -25,33 +25,49 @@ class WGANObjective(Objective):
     Args:
         penalty: weight lambda of the gradient penalty.
         critic_steps: batches per update of the generator (n_critic).
+        resize: training images of another size are scaled to that of the generator, as `resize` of the defense does.
     """
 
     guided = False
     attacked = False
     adversarial = True
 
-    def __init__(self, penalty: float = 10.0, critic_steps: int = 5) -> None:
+    def __init__(self, penalty: float = 10.0, critic_steps: int = 5, resize: bool = False) -> None:
         if critic_steps < 1:
             raise ValueError(f"critic_steps must be at least 1, got {critic_steps}")
-        self.penalty, self.generator_every = penalty, critic_steps
+        self.penalty, self.generator_every, self.resize = penalty, critic_steps, resize
 
     def generator(self, step: Step) -> Terms:
         assert step.critic is not None
-        return {"gan": -step.critic(_generated(step, "generator")).mean()}
+        return {"gan": -step.critic(self._generated(step, "generator")).mean()}
 
     def fakes(self, step: Step) -> tuple[Tensor, ...]:
         """Generated images, in the range of the network."""
-        return (_generated(step, "critic"),)
+        return (self._generated(step, "critic"),)
 
     def critic(self, step: Step, purified: Sequence[Tensor]) -> Terms:
         assert step.critic is not None
-        real, fake = step.inner(step.clean), purified[0]
+        fake = purified[0]
+        real = step.inner(scaled(step.clean, (int(fake.shape[-2]), int(fake.shape[-1]))))
         share = _uniform(step, "interpolate", (len(real), 1, 1, 1))
         return {
             "critic": step.critic(fake).mean() - step.critic(real).mean(),
             "penalty": self.penalty * gradient_penalty(step.critic, real, fake, share),
         }
+
+    def _generated(self, step: Step, name: str) -> Tensor:
+        """Images (B, 3, H, W) of new latent vectors, in the range of the network."""
+        network = step.network
+        if not isinstance(network, WGANGenerator):
+            raise PluginError(f"objective 'wgan_gp' trains network 'wgan', not {type(network).__name__}")
+        if network.size != step.clean.shape[-2:] and not self.resize:
+            raise PluginError(
+                f"network 'wgan' makes images of {network.size}, training images are {tuple(step.clean.shape[-2:])}: "
+                "set network_args.size, or objective_args.resize to have them scaled"
+            )
+        latents = torch.randn(len(step.clean), network.latent, generator=_stream(step, name))
+        images: Tensor = network(latents.to(step.clean.device))
+        return images
 
 
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
@@ -108,21 +124,6 @@ class DiffusionObjective(Objective):
             torch.manual_seed(derive_seed(step.seed, "dropout"))
             predicted = network(diffused(images, network.alpha_bar[when.cpu()].to(images), noise), when)
         return {"noise": F.mse_loss(predicted, noise)}
-
-
-def _generated(step: Step, name: str) -> Tensor:
-    """Images (B, 3, H, W) of new latent vectors, in the range of the network."""
-    network = step.network
-    if not isinstance(network, WGANGenerator):
-        raise PluginError(f"objective 'wgan_gp' trains network 'wgan', not {type(network).__name__}")
-    if network.size != step.clean.shape[-2:]:
-        raise PluginError(
-            f"network 'wgan' makes images of {network.size}, training images are {tuple(step.clean.shape[-2:])}: "
-            "set network_args.size"
-        )
-    latents = torch.randn(len(step.clean), network.latent, generator=_stream(step, name))
-    images: Tensor = network(latents.to(step.clean.device))
-    return images
 
 
 def _uniform(step: Step, name: str, shape: Sequence[int]) -> Tensor:

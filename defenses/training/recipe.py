@@ -16,7 +16,7 @@ from defenses.networks.apegan import APEDiscriminator
 from defenses.networks.build import purifier
 from defenses.networks.pix2pixhd import MultiscaleDiscriminator
 from defenses.networks.vgg_discriminators import CAFDDiscriminator, NRPDiscriminator
-from defenses.networks.wgan import WGANCritic
+from defenses.networks.wgan import WGANCritic, WGANGenerator
 
 CRITICS: dict[str, type[nn.Module]] = {
     "apegan": APEDiscriminator,
@@ -146,7 +146,8 @@ class Recipe:
                 conditioned = self.objective_args.get("conditioned", True)
                 args.setdefault("inputs", 3 + (num_classes if conditioned else 0))
             else:
-                args.setdefault("size", size)
+                # Of a generator it judges the images, which may have been asked for at another size.
+                args.setdefault("size", network.size if isinstance(network, WGANGenerator) else size)
             torch.manual_seed(derive_seed("critic", self.seed))
             try:
                 return network, CRITICS[self.critic](**args)

@@ -13,7 +13,7 @@ import math
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,12 +31,13 @@ from bench.protocols import Batch, Dataset, Sample
 from bench.registry import ATTACKS, DATASETS, MODELS
 from bench.rng import derive_seed
 from bench.units import parse_fraction
-from bench.weights import read_meta, save_safetensors, sha256_file
+from bench.weights import apply_state, load_state, read_meta, save_safetensors, sha256_file
 from defenses.training.adversary import AttackAdversary
 from defenses.training.guide import whole_batches
 from defenses.training.loop import Loop, Progress, Samples
 from defenses.training.session import Precision, Prepared, run_recorded, steady
 from tasks.classification import cifar_nets
+from tasks.classification.cifar import like_ours
 from tasks.classification.model import LogitsClassifier
 
 VERSION = 1
@@ -47,7 +48,9 @@ HELD_OUT = 10
 """One image of this many is held out where a dataset has no other split to score on."""
 _DIGITS = {*"0123456789", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 
-Adversarial = Literal["none", "pgd", "trades", "free"]
+Adversarial = Literal["none", "pgd", "trades", "free", "doa"]
+DOA: dict[str, Any] = {"adversary": {"side": 7, "alpha": "0.05", "steps": 30, "batch_norm": "running"}}
+"""The square of CAFD's DOA; step and number are those of its authors' code for CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class TargetRecipe:
         flip: horizontal flips, half of the time.
         normalise: images are centred and scaled by the mean and standard deviation of the training images' channels.
         label_smoothing: probability mass that the other classes share (Szegedy et al. 2016).
-        adversarial: `pgd` (Madry et al. 2018), `trades` (Zhang et al. 2019) or `free` (Shafahi et al. 2019).
+        adversarial: `pgd` (Madry et al. 2018), `trades` (Zhang et al. 2019), `free` (Shafahi et al. 2019) or `doa`
+            (Wu et al. 2020, see `Occlusion`): as many forward passes a step as a square has places, 676 at 32x32.
         size: images are resized to this many pixels a side, inside the gradient; None = never.
         precision: of the forward passes.
         seed: of initial weights, order, crops, flips and attacks.
@@ -120,7 +124,7 @@ class TargetRecipe:
         """What makes the adversarial images, as the zoo's recipes have it; {} for standard training."""
         from tasks.mini import zoo_adversarial as zoo
 
-        known = {"pgd": zoo.AT, "trades": zoo.TRADES, "free": zoo.FREE}.get(self.adversarial, {})
+        known = {"pgd": zoo.AT, "trades": zoo.TRADES, "free": zoo.FREE, "doa": DOA}.get(self.adversarial, {})
         return {k: known[k] for k in ("adversary", "beta", "replays", "eps", "alpha") if k in known}
 
 
@@ -133,6 +137,7 @@ class TargetTrainer(Loop):
         num_classes: number of logits.
         mean, std: of each channel, in [0,1] units.
         key, state, save_every, device: as in `Loop`.
+        start: weights to begin with; None = new ones.
 
     Attributes:
         target: the network behind its adapter, as grids use it.
@@ -153,6 +158,7 @@ class TargetTrainer(Loop):
         state: Path | None = None,
         save_every: int | None = None,
         device: torch.device | str = "cpu",
+        start: Start | None = None,
     ) -> None:
         super().__init__(
             recipe.arch, samples, key=key, seed=recipe.seed, epochs=recipe.epochs, batch=recipe.batch_size,
@@ -162,6 +168,8 @@ class TargetTrainer(Loop):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("network", recipe.seed))
             network = cifar_nets.build(recipe.arch, num_classes)
+        if start is not None:
+            apply_state(network, start.state, what=f"--init: {start.path}, as {recipe.arch}")
         size = None if recipe.size is None else (recipe.size, recipe.size)
         least, given = cifar_nets.smallest_input(network), min(size or tuple(samples[0].image.shape[-2:]))
         if given < least:
@@ -172,7 +180,8 @@ class TargetTrainer(Loop):
             self.device
         )
         self.network = network.requires_grad_(True).train()
-        self._opponent = self._free = None
+        self._opponent: Callable[[Tensor, list[int], list[str]], Tensor] | None = None
+        self._free = None
         plan = recipe.opponent
         if recipe.adversarial in ("pgd", "trades"):
             from tasks.mini.zoo_adversarial import Opponent
@@ -182,6 +191,15 @@ class TargetTrainer(Loop):
             from tasks.mini.zoo_adversarial import Free
 
             self._free = Free(*(float(parse_fraction(plan[name])) for name in ("eps", "alpha")))
+        elif recipe.adversarial == "doa":
+            square = plan["adversary"]
+            if given < square["side"]:
+                raise GridError(
+                    f"--adversarial: doa needs images of {square['side']} pixels a side, these have {given}"
+                )
+            self._opponent = Occlusion(
+                self.target, square["side"], float(parse_fraction(square["alpha"])), square["steps"]
+            )
         self._begin({"network": self.network})
 
     def _optimizer(self, module: nn.Module) -> torch.optim.SGD:
@@ -248,6 +266,57 @@ class TargetTrainer(Loop):
             moved = extra["perturbation"].to(self.device).requires_grad_()
             moved.grad = extra["gradient"].to(self.device)
             self._free.perturbation = moved
+
+
+class Occlusion:
+    """Puts a grey square where it raises the loss most, and climbs the loss inside it by sign steps.
+
+    The rectangular occlusion attack of DOA (Wu, Tong, Vorobeychik, ICLR 2020) with its exhaustive search. Of places
+    with equal loss it takes the first, their code one at random; theirs leaves out the last row and column of places.
+
+    Args:
+        target: the network behind its adapter; it runs in evaluation mode meanwhile and is left in training mode.
+        side: of the square, in pixels.
+        alpha: step, in [0,1] units; the square may take any colour.
+        steps: how many.
+    """
+
+    def __init__(self, target: LogitsClassifier, side: int, alpha: float, steps: int) -> None:
+        self.target, self.side, self.alpha, self.steps = target, side, alpha, steps
+
+    def __call__(self, images: Tensor, targets: Sequence[int], ids: Sequence[str]) -> Tensor:
+        """Occluded images (B, 3, H, W) in [0,1], detached; nothing is drawn, so that `ids` decide nothing."""
+        labels = torch.tensor(list(targets), device=images.device)
+        self.target.network.eval()
+        try:
+            square = self.square(images, labels)
+            x = torch.where(square, 0.5, images)
+            for _ in range(self.steps):
+                x.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(self._losses(x, labels).sum(), x)
+                x = torch.where(square, (x.detach() + self.alpha * gradient.sign()).clamp(0, 1), images)
+            return x.detach()
+        finally:
+            self.target.network.train()
+
+    @torch.no_grad()
+    def square(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(B, 1, H, W), true in the square whose grey raises the loss most."""
+        height, width = int(images.shape[-2]), int(images.shape[-1])
+        best = torch.full((len(images),), -math.inf, device=images.device)
+        chosen = torch.zeros(len(images), 1, height, width, dtype=torch.bool, device=images.device)
+        for top in range(height - self.side + 1):
+            for left in range(width - self.side + 1):
+                here = torch.zeros(1, 1, height, width, dtype=torch.bool, device=images.device)
+                here[..., top : top + self.side, left : left + self.side] = True
+                losses = self._losses(torch.where(here, 0.5, images), labels)
+                worse = losses > best
+                best = torch.where(worse, losses, best)
+                chosen = torch.where(worse.view(-1, 1, 1, 1), here, chosen)
+        return chosen
+
+    def _losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.target.logits(images).float(), labels, reduction="none")
 
 
 def augmented(images: Tensor, draws: Sequence[int], padding: int, flip: bool) -> Tensor:
@@ -373,6 +442,59 @@ def shows_digits(classes: Sequence[str]) -> bool:
     return bool(classes) and {str(name).lower() for name in classes} <= _DIGITS
 
 
+# -- what to start from ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Start:
+    """Weights that a training goes on from.
+
+    Attributes:
+        path: their file, as the command names it.
+        state: by the names of `cifar_nets`.
+        sha256: of the file.
+        normalisation: mean and standard deviation of each channel that they were trained with; None = not said.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    sha256: str
+    normalisation: tuple[list[float], list[float]] | None = None
+
+
+def starting_point(path: Path, recipe: TargetRecipe, num_classes: int) -> Start:
+    """The weights in a file, for a training of `recipe`.
+
+    Args:
+        path: of `train-target`, or a state dictionary that model `cifar` takes.
+        recipe: what they are for.
+        num_classes: of the training images.
+
+    Raises:
+        WeightsError: the file is missing or unreadable, of another architecture or other classes, or made on normalised
+            images where the recipe says plain ones.
+    """
+    at = f"--init: {path}"
+    try:
+        loaded = load_state(path)
+    except WeightsError as error:
+        raise WeightsError(f"--init: {error}") from None
+    said = loaded.meta.get("arch", recipe.arch)
+    if said != recipe.arch:
+        raise WeightsError(f"{at} is a {said}, --arch says {recipe.arch}")
+    state = like_ours(loaded.state)
+    head = state.get("fc.weight")
+    if head is not None and len(head) != num_classes:
+        raise WeightsError(f"{at} has {len(head)} classes, the training images have {num_classes}")
+    # Found out before anything is set up.
+    with torch.random.fork_rng(devices=[]):
+        apply_state(cifar_nets.build(recipe.arch, num_classes), state, what=f"{at}, as {recipe.arch}")
+    mean, std = loaded.meta.get("mean"), loaded.meta.get("std")
+    if mean is None or std is None:
+        return Start(path, state, loaded.sha256)
+    if not recipe.normalise and (any(mean) or any(value != 1 for value in std)):
+        raise WeightsError(f"{at} was trained on normalised images: leave out --no-normalise")
+    return Start(path, state, loaded.sha256, (list(mean), list(std)))
+
+
 # -- a whole training ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TargetTraining:
@@ -383,6 +505,7 @@ class TargetTraining:
         data, test: images to train on, and to score on.
         spec, test_spec: what was asked for, for the command.
         score_images: at most so many are attacked for the score.
+        start: weights to begin with; None = new ones.
     """
 
     recipe: TargetRecipe
@@ -391,16 +514,20 @@ class TargetTraining:
     spec: str
     test_spec: str | None = None
     score_images: int = 1000
+    start: Start | None = None
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """Everything the weights are a function of."""
+        # The file by its digest; not there without one, so that keys stay what they were.
+        begun = {} if self.start is None else {"init": self.start.sha256}
         return {
             "kind": "target", "version": VERSION, "recipe": asdict(self.recipe), "opponent": self.recipe.opponent,
             "data": {
                 "dataset": self.data.name, "fingerprint": self.data.fingerprint(), "images": len(self.data),
                 "classes": len(self.data.classes),
             },
+            **begun,
         }  # fmt: skip
 
     @functools.cached_property
@@ -412,6 +539,7 @@ class TargetTraining:
         """What makes it."""
         words = ["python", "-m", "bench", "train-target", "--arch", self.recipe.arch, "--dataset", self.spec]
         words += [] if self.test_spec is None else ["--test", self.test_spec]
+        words += [] if self.start is None else ["--init", str(self.start.path)]
         usual = TargetRecipe(self.recipe.arch, flip=not shows_digits(self.data.classes))
         for name in (f.name for f in fields(usual)):
             value, option = getattr(self.recipe, name), f"--{name.replace('_', '-')}"
@@ -451,11 +579,14 @@ def train_target(
     with steady(device):
         # Nothing is prepared: a network of this kind takes images as they are.
         samples = Prepared(data, LogitsClassifier(nn.Identity(), 1), len(data))
-        mean, std = channel_statistics(samples) if recipe.normalise else ([0.0] * 3, [1.0] * 3)
+        if training.start is not None and training.start.normalisation is not None:
+            mean, std = training.start.normalisation
+        else:
+            mean, std = channel_statistics(samples) if recipe.normalise else ([0.0] * 3, [1.0] * 3)
         classes = len(data.classes)
         trainer = TargetTrainer(
             recipe, samples, classes, mean, std, key=training.key, state=folder / "state.safetensors", save_every=500,
-            device=device,
+            device=device, start=training.start,
         )  # fmt: skip
         seconds = run_recorded(trainer, folder, progress)
         facts = {

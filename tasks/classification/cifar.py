@@ -37,6 +37,7 @@ class Cifar(ModelSource):
         num_classes: number of logits.
         mean, std: of each channel, in [0,1] units; (0, 0, 0) and (1, 1, 1) for a network on plain pixels.
         size: images of other sizes are resized to this many pixels a side, inside the gradient; None = never.
+        made_with: further options of `train-target` that make the checkpoint, said when it is missing.
     """
 
     task = "classification"
@@ -49,6 +50,7 @@ class Cifar(ModelSource):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         size: int | None = None,
+        made_with: str = "",
     ) -> None:
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together")
@@ -57,6 +59,7 @@ class Cifar(ModelSource):
         if arch is not None:
             cifar_nets.check_arch(arch)
         self.path = find_weights(checkpoint, SHIPPED)
+        self.made_with = made_with
         self.given = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "size": size}
 
     def identity(self) -> dict[str, Any]:
@@ -100,9 +103,10 @@ class Cifar(ModelSource):
         what = f"model cifar, checkpoint {self.path}"
         if not self.path.is_file():
             arch = self.given["arch"] or "wrn-28-10"
+            options = f" {self.made_with}" if self.made_with else ""
             raise WeightsError(
                 f"{what}: there is no such file; make it with `python -m bench train-target --arch {arch} --dataset "
-                f"DATASET --out {self.path}`, or put a published state dictionary there"
+                f"DATASET{options} --out {self.path}`, or put a published state dictionary there"
             )
         said = self._said
         facts = {name: said.get(name) if value is None else value for name, value in self.given.items()}

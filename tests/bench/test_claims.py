@@ -433,6 +433,12 @@ def test_a_retrained_model_of_a_papers_role() -> None:
     assert not comparisons(undefended, pd.DataFrame(of("cifar10_vgg19_at")))
     # A target that happens to be trained so is undefended all the same.
     assert not comparisons(against, pd.DataFrame(of("cifar10_vgg19_at", "none")))
+    # So do those that only profile paper has; one that is trained on without attacks is not the undefended one.
+    occluded = claim(second={"defense": ["doa"]})
+    assert [c.second for c in comparisons(occluded, pd.DataFrame(of("cifar10_vgg19_doa", "doa")))] == [40.0]
+    on = claim(second={"defense": ["none_finetune"]})
+    finetuned = pd.DataFrame(of("cifar10_vgg19_finetune", "none_finetune"))
+    assert [c.second for c in comparisons(on, finetuned)] == [40.0] and not comparisons(undefended, finetuned)
     here = [*of("cifar10_vgg19_at", "none"), line("cafd", 10, **CAFD, role="cifar10_vgg19_at")]
     assert [c.second for c in comparisons(undefended, pd.DataFrame(here))] == [40.0]
 

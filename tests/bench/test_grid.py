@@ -68,6 +68,26 @@ def test_a_good_grid_loads(tmp_path: Path) -> None:
             "images: {classification: 8}\nname: two",
             "line 4, column 1: not valid YAML",
         ),
+        (
+            "roles: [classification]",
+            "roles: [a]\n    profiles: []",
+            "blocks[0].profiles: expected at least 1 item",
+        ),
+        (
+            "roles: [classification]",
+            "roles: [a]\n    profiles: paper",
+            "blocks[0].profiles: expected a list [value",
+        ),
+        (
+            "roles: [classification]",
+            "roles: [a]\n    profiles:",
+            "blocks[0].profiles: expected a list [value",
+        ),
+        (
+            "roles: [classification]",
+            "roles: [a]\n    profile: [a]",
+            "key 'profile': did you mean 'profiles'?",
+        ),
         ("name: demo", "name: [demo", "not valid YAML"),
         ("name: demo", "name: a/b", "name: String should match pattern"),
         ("name: demo", "name: demo\ntables: [{name: results}]", "'results' is no name for a table or figure"),
@@ -248,6 +268,116 @@ def test_mistakes_in_overrides_are_one_line(tmp_path: Path, overrides: str, mess
     with pytest.raises(BenchError) as error:
         _planned(tmp_path, f"overrides: {overrides}")
     assert message in str(error.value) and "\n" not in str(error.value) and "own.yaml" in str(error.value)
+
+
+LIMITED = """
+name: demo
+images: {classification: 8, elsewhere: 3}
+defenses:
+  big: {name: sr, weights: not_there.pt}
+  chained: [jpeg, inner]
+  inner: {name: sr, weights: not_there.pt}
+  soft: {name: jpeg, quality: 50}
+attacks:
+  pgd: {name: pgd, eps: 8/255, alpha: 2/255, steps: 3}
+  learned: {name: cda, weights: not_there.pth}
+blocks:
+  - roles: [classification]
+    defenses: [none, soft]
+    attacks: [pgd]
+    threats: [oblivious]
+  - roles: [elsewhere]
+    defenses: [big, chained, soft]
+    attacks: [learned, pgd]
+    threats: [{level: transfer, sources: [nowhere], surrogate: inner}]
+    profiles: [paper]
+"""
+
+
+def test_a_block_of_other_profiles_is_left_out_with_what_only_it_has(tmp_path: Path) -> None:
+    whole = make_plan(Options(write(tmp_path, LIMITED)))
+    first = LIMITED[: LIMITED.index("  - roles: [elsewhere]")].replace(", elsewhere: 3", "").splitlines()
+    needed = [line for line in first if "not_there" not in line and "chained" not in line]
+    alone = make_plan(Options(write(tmp_path, "\n".join(needed))))
+    assert [c.key for c in whole.cells] == [c.key for c in alone.cells] and len(whole.cells) == 4
+    assert whole.orders == alone.orders and list(whole.targets) == ["classification"]
+    # A table may name its labels, what it shares not counted.
+    assert {column: set(labels) for column, labels in whole.left_out.items()} == {
+        "role": {"elsewhere"}, "defense": {"big", "chained"}, "attack": {"learned"}, "level": {"transfer"},
+        "level_label": {"transfer from nowhere via inner"},
+    }  # fmt: skip
+    assert not any(alone.left_out.values())
+    # For its own profile it is there, and so are its demands.
+    mine = LIMITED.replace("profiles: [paper]", "profiles: [paper, mini]")
+    with pytest.raises(BenchError, match=r"defenses\.big.*not_there\.pt"):
+        make_plan(Options(write(tmp_path, mine)))
+    # A profile of one's own counts by the name it has.
+    profile = tmp_path / "own.yaml"
+    profile.write_text("name: own\nroles: {classification: {dataset: mini_digits, model: mini_vgg}}\n")
+    own = GOOD.replace("threats:", "profiles: [own]\n    threats:")
+    assert len(make_plan(Options(write(tmp_path, own), profile=str(profile))).cells) == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[paper]", "[papre]", "blocks[1].profiles[0]: unknown profile 'papre': did you mean 'paper'?"),
+        ("threats: [oblivious]", "threats: [oblivious]\n    profiles: [fashion]",
+         "blocks: none is for profile mini, all are for fashion, paper"),
+        # What cannot be made here is still checked by name.
+        ("{name: sr, weights: not_there.pt}\n  soft", "{name: srr, weights: a.pt}\n  soft",
+         "defenses.inner: unknown defense 'srr': did you mean 'sr'?"),
+        ("big: {name: sr, weights", "big: {name: sr, weigths", "did you mean 'weights'?"),
+        ("chained: [jpeg, inner]", "chained: [jpg, inner]", "defenses.chained[0]: unknown defense 'jpg'"),
+        ("{name: cda,", "{name: cdaa,", "attacks.learned: unknown attack 'cdaa': did you mean 'cda'?"),
+        ("[learned, pgd]", "[lerned, pgd]", "blocks[1].attacks[0]: unknown attack 'lerned': did you mean 'learned'?"),
+        ("[big, chained,", "[big, chaind,", "defenses[1]: unknown defense 'chaind': did you mean 'chained'?"),
+        ("elsewhere: 3", "elswhere: 3", "images: unknown role or task 'elswhere'"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_blocks_of_other_profiles_are_one_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in LIMITED
+    path = write(tmp_path, LIMITED.replace(old, new))
+    with pytest.raises(BenchError) as error:
+        make_plan(Options(path))
+    assert message in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_overrides_leave_what_a_block_says_for_its_profile(tmp_path: Path) -> None:
+    profile = tmp_path / "own.yaml"
+    profile.write_text(
+        "name: own\nroles: {a: {dataset: {name: mini_digits, count: 2}, model: mini_resnet}}\n"
+        "overrides: {a: {defenses: {jpeg: {quality: 11}, tvm: {weight: 0.5}}, attacks: {fgsm: {eps: 1/255}}}}\n"
+    )
+    blocks = "\n".join(
+        f"  - {{roles: [a], defenses: [{d}], attacks: [{a}], threats: [oblivious, bpda]{limit}}}"
+        for d, a, limit in (
+            ("q50, both, {name: tvm, label: usual}", "fast", ""),
+            ("q50mine, {name: jpeg, label: usual_too}", "slow", ", profiles: [own]"),
+        )
+    )
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        f"name: demo\nprofile: {profile}\n"
+        "attacks: {fast: {name: fgsm, eps: 8/255}, slow: {name: fgsm, eps: 8/255}}\n"
+        "defenses: {q50: {name: jpeg, quality: 50}, q50mine: [q50, {name: tvm, weight: 0.25}], both: [q50, tvm]}\n"
+        f"blocks:\n{blocks}\n"
+    )
+    cells = {(c.defense_label, c.attack_label): c for c in make_plan(Options(grid)).cells}
+
+    def members(label: str) -> list[object]:
+        defense = cells[label, "clean"].defense
+        parts = defense.members if isinstance(defense, Chain) else (defense,)
+        return [p.params.get("quality", p.params.get("weight")) for p in parts]
+
+    assert members("q50") == [11] and members("both") == [11, 0.5] and members("usual") == [0.5]
+    # Said by the block, and left to the profile.
+    assert members("q50mine") == [50, 0.25] and members("usual_too") == [11]
+    for (_, name), cell in cells.items():
+        if cell.attack is not None:
+            assert Fraction(cell.attack.params["eps"]) == Fraction(8 if name == "slow" else 1, 255)
 
 
 @pytest.mark.parametrize(

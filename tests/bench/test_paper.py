@@ -451,6 +451,17 @@ def test_bad_mappings(changes: dict[str, object], message: str) -> None:
         compare(lines(), MAPPING | changes)
 
 
+def test_labels_of_other_profiles_may_be_mapped() -> None:
+    with_more = MAPPING | {"defense": {**MAPPING["defense"], "elsewhere": "cafd"}}
+    with pytest.raises(GridError, match="unknown label 'elsewhere'"):
+        compare(lines(), with_more)
+    with pytest.raises(GridError, match="unknown label 'elsewhere'"):
+        compare(lines(), with_more, {"attack": {"elsewhere"}})
+    pd.testing.assert_frame_equal(
+        compare(lines(), with_more, {"defense": {"elsewhere"}}), compare(lines(), MAPPING)
+    )
+
+
 def test_a_mapping_needs_a_table() -> None:
     with pytest.raises(GridError, match="paper: this key is required: table"):
         compare(lines(), {"where": {}})

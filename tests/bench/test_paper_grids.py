@@ -19,17 +19,19 @@ import torchvision
 import yaml
 from PIL import Image
 
+from attacks.cross_domain import Generator
 from bench.errors import BenchError, MissingCheckpoint, WeightsError
 from bench.figures.output import check_figures
 from bench.frame import cell_frame
 from bench.grid import GRIDS, Grid, Overrides, load_grid, load_profile, read_yaml, split_spec
-from bench.paper import Value, compare, frame_metric, layout, not_covered, table_ids, values
-from bench.plan import Options, make_plan
+from bench.paper import Value, compare, frame_metric, layout, not_covered, only_on, table_ids, values
+from bench.plan import Options, Plan, make_plan
 from bench.protocols import Dataset, Sample
 from bench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bench.tables import build, selected
 from bench.weights import save_safetensors
 from defenses._learned import Learned
+from defenses.networks.edsr import EDSR
 from defenses.training import session
 from defenses.training.objectives import objective
 from tasks.mini.layout import write_tree
@@ -91,6 +93,21 @@ def _has(value: Value, where: Mapping[str, Any]) -> bool:
     return all(getattr(value, k) in (v if isinstance(v, list | tuple) else [v]) for k, v in where.items())
 
 
+def _covered(plan: Plan) -> tuple[set[tuple[Any, ...]], set[str]]:
+    """The printed cells that a plan measures, and the tables it is compared with."""
+    frame = cell_frame(plan, None)
+    covered: set[tuple[Any, ...]] = set()
+    compared = set()
+    for spec in plan.grid.tables:
+        build(frame, spec)
+        if spec.paper is not None:
+            lines = compare(selected(frame, spec), spec.paper, plan.left_out)
+            lines = lines[lines["status"] != "skip"]
+            covered.update(zip(lines["part"], lines["row"], lines["column"], lines["metric"], strict=True))
+            compared.add(str(spec.paper["table"]))
+    return covered, compared
+
+
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_a_grid_covers_its_table_but_for_what_is_named(path: Path, profile: Path, missing: list[str]) -> None:
     plan = make_plan(Options(path, profile=str(profile)))
@@ -98,16 +115,7 @@ def test_a_grid_covers_its_table_but_for_what_is_named(path: Path, profile: Path
     check_figures(plan)
     # HGD's denoising losses are numbers of images, not of rows: a figure has them.
     assert bool(plan.grid.figures) == ("_fig" in path.stem or path.stem == "hgd_table2")
-    frame = cell_frame(plan, None)
-    covered: set[tuple[Any, ...]] = set()
-    compared = set()
-    for spec in plan.grid.tables:
-        build(frame, spec)
-        if spec.paper is not None:
-            lines = compare(selected(frame, spec), spec.paper)
-            lines = lines[lines["status"] != "skip"]
-            covered.update(zip(lines["part"], lines["row"], lines["column"], lines["metric"], strict=True))
-            compared.add(str(spec.paper["table"]))
+    covered, compared = _covered(plan)
     paper, _, number = path.stem.partition("_")
     if not number.startswith("table"):
         assert not compared
@@ -115,11 +123,13 @@ def test_a_grid_covers_its_table_but_for_what_is_named(path: Path, profile: Path
     assert compared == {f"{paper}/{number}"}
     for value in values(paper):
         if value.table == number and value.text:
-            reasons = [
-                e["reason"] for e in NOT_COVERED.get(f"{paper}/{number}", []) if _has(value, e["where"])
-            ]
-            assert len(reasons) <= 1 and not_covered(value) == next(iter(reasons), None)
-            assert (_key(value) in covered) != bool(reasons), (value, reasons)
+            entries = [e for e in NOT_COVERED.get(f"{paper}/{number}", []) if _has(value, e["where"])]
+            assert len(entries) <= 1
+            nowhere = [e["reason"] for e in entries if "profile" not in e]
+            assert not_covered(value) == next(iter(nowhere), None)
+            assert only_on(value) == ("paper" if entries and not nowhere else None)
+            # On the embedded data, which is not the profile that an entry may name.
+            assert (_key(value) in covered) != bool(entries), (value, entries)
     if missing:
         print(f"{path.stem}: not trained yet: {', '.join(sorted(set(missing)))}")
 
@@ -129,6 +139,19 @@ def test_every_table_has_a_grid_or_a_reason() -> None:
     for id in table_ids():
         assert id in grids or id == "hgd/table6"
     assert set(NOT_COVERED) <= set(table_ids())
+
+
+def test_what_is_left_of_the_printed_numbers() -> None:
+    """What grids/papers/README.md says of them."""
+    numbers = [
+        value for paper in ("cafd", "alignment", "nrp", "hgd") for value in values(paper) if value.text
+    ]
+    nowhere = [value for value in numbers if not_covered(value) is not None]
+    there = [value for value in numbers if only_on(value) == "paper"]
+    assert (len(numbers), len(nowhere), len(there)) == (2827, 103, 538)
+    assert {value.defense for value in nowhere if value.paper != "hgd"} == {"fpd"}
+    text = " ".join((GRIDS / "papers" / "README.md").read_text(encoding="utf-8").split())
+    assert "Of the 2,827 printed numbers 103 are in no grid and 538 on profile `paper` alone" in text
 
 
 def test_every_figure_of_results_has_a_grid() -> None:
@@ -144,13 +167,18 @@ def test_every_figure_of_results_has_a_grid() -> None:
 
 def test_both_profiles_bind_every_role() -> None:
     mini, paper = load_profile("mini")[0], load_profile("paper")[0]
-    used = {
-        role
-        for path in PAPERS
-        for block in load_grid(path).blocks
-        for role in [*block.roles, *(s for threat in block.threats for s in threat.sources)]
-    }
-    assert used <= set(mini.roles) and used == set(paper.roles)
+    used: dict[str, set[str]] = {"mini": set(), "paper": set()}
+    for path in PAPERS:
+        for block in load_grid(path).blocks:
+            assert block.is_for("paper") and block.profiles in ([], ["paper"])
+            for name in ("mini", "paper"):
+                if block.is_for(name):
+                    used[name] |= {*block.roles, *(s for threat in block.threats for s in threat.sources)}
+    assert used["mini"] <= set(mini.roles) and used["paper"] == set(paper.roles)
+    # What only blocks of profile paper have are targets that nobody trained on the embedded data.
+    assert {role.rpartition("_")[2] for role in used["paper"] - used["mini"]} == {
+        "finetune", "doa", "sat", "ddcat", "cls", "loc", "con", "mtd",
+    }  # fmt: skip
     for role, binding in paper.roles.items():
         tasks = set()
         for registry, spec in ((DATASETS, binding.dataset), (MODELS, binding.model)):
@@ -215,17 +243,30 @@ def test_the_papers_profile_runs_on_a_data_root(
     (folder / "images.csv").write_text("ImageId,URL,TrueLabel,TargetClass\n0,,306,779\n1,,1,79\n")
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    torch.save(EDSR(4, 1).state_dict(), tmp_path / "edsr.pt")
+    torch.save(Generator().state_dict(), tmp_path / "comics.pth")
     grid = {
         "name": "small",
         "profile": "paper",
-        "attacks": {"bim": {"name": "bim", "eps": "8/255", "alpha": "2/255", "steps": 2}},
+        "defenses": {"sr": {"name": "sr", "weights": "edsr.pt"}},
+        "attacks": {
+            "bim": {"name": "bim", "eps": "8/255", "alpha": "2/255", "steps": 2},
+            "cda": {"name": "cda", "weights": "comics.pth", "eps": "8/255"},
+        },
         "blocks": [
+            {
+                "roles": ["nips_squeezenet"],
+                "defenses": ["sr"],
+                "attacks": ["bim", "cda"],
+                "threats": ["oblivious"],
+                "profiles": ["paper"],
+            },
             {
                 "roles": ["nips_squeezenet"],
                 "defenses": ["none", "jpeg"],
                 "attacks": ["bim"],
                 "threats": ["oblivious", "bpda"],
-            }
+            },
         ],
         "tables": [
             {"name": "main", "rows": ["level", "attack"], "columns": ["defense"], "metric": "accuracy"}
@@ -240,7 +281,7 @@ def test_the_papers_profile_runs_on_a_data_root(
     frame = pd.read_csv("out/results.csv")
     accuracy = frame[(frame["metric"] == "accuracy") & (frame["attack"] != "worst case")]
     # On the bare model the level that knows of the defense is the one that does not.
-    assert len(accuracy) == 6 and set(accuracy["status"]) == {"ok"} and set(accuracy["n"]) == {2}
+    assert len(accuracy) == 6 + 3 and set(accuracy["status"]) == {"ok"} and set(accuracy["n"]) == {2}
     # Weights that are not there: where to put which file.
     (tmp_path / "squeezenet1_1-b8a52dc0.pth").unlink()
     code, _, err = bench(*command, "--store", "other")
@@ -250,6 +291,18 @@ def test_the_papers_profile_runs_on_a_data_root(
 @pytest.mark.parametrize(
     ("role", "said"),
     [
+        (
+            "cityscapes_deeplabv3_ddcat",
+            "it is a DeepLabv3 of this config after DDC-AT; the one that Xu et al. publish is",
+        ),
+        (
+            "voc2012_pspnet_finetune",
+            "it is a PSPNet of this config after further training of the published one",
+        ),
+        (
+            "voc0712_rfbnet_con",
+            "it is an SSD of this config after adversarial training on both losses together",
+        ),
         ("nips_inc_v3_ens3", "it is Inc-v3_ens3 of Tramer et al."),
         ("cityscapes_pspnet_sat", "it is a PSPNet of this config after adversarial training"),
         ("voc0712_ssd_mtd", "it is an SSD of this config after adversarial training"),
@@ -263,6 +316,30 @@ def test_missing_weights_of_a_retrained_model_say_what_they_are(
     name, params, _ = split_spec(load_profile("paper")[0].roles[role].model, role)
     with pytest.raises(WeightsError, match=said):
         MODELS.create(name, params).identity()
+
+
+def test_missing_targets_say_what_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finetuned one would otherwise be trained like the one it starts from."""
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "trades": "--adversarial trades",
+        "free": "--adversarial free --epochs 25",
+        "doa": "--adversarial doa",
+    }
+    checked = set()
+    for role, binding in load_profile("paper")[0].roles.items():
+        base, _, last = role.rpartition("_")
+        name, params, _ = split_spec(binding.model, role)
+        if name != "cifar" or last not in (*options, "finetune"):
+            continue
+        wanted = options.get(last, options.get(base.rpartition("_")[2], ""))
+        if last == "finetune":
+            wanted = f"--init {'_'.join(role.split('_')[:2])}.safetensors {wanted}".rstrip()
+        with pytest.raises(WeightsError) as error:
+            MODELS.create(name, params).identity()
+        assert f"{wanted} --out {params['checkpoint']}`" in str(error.value), role
+        checked.add(role)
+    assert len(checked) == 18 + 2 + 11
 
 
 # -- what the papers' profile trains -----------------------------------------------------------------------------------
@@ -329,6 +406,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 save_safetensors(file, {"x": torch.zeros(1)}, meta={"mean": [0, 0, 0], "std": [1, 1, 1]})
             else:
                 torch.save({"x": torch.zeros(1)}, file)
+        elif binding.model.startswith("robustbench:"):
+            file = place / "models" / "cifar10" / "Linf" / f"{binding.model.partition(':')[2]}.pt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"x": torch.zeros(1)}, file)
+    # What the grids and the overrides name themselves.
+    torch.save(EDSR(4, 1).state_dict(), place / "edsr_baseline_x2-1bc95232.pt")
+    for pictures in ("imagenet", "comics", "paintings"):
+        for k, model in enumerate(("inc_v3", "res152")):
+            torch.save(
+                {"x": torch.full((1,), float(len(pictures) + k))}, place / f"cda_{pictures}_{model}.pth"
+            )
     made = session._dataset
 
     def dataset(*arguments: Any) -> Dataset:
@@ -358,6 +446,73 @@ def test_every_training_of_the_papers_profile_can_be_planned(root: Path, role: s
         losses = objective(training.recipe.objective, dict(training.recipe.objective_args))
         assert losses.adversarial == (critic is not None)
         assert next(network.parameters()).is_meta
+
+
+@pytest.fixture
+def named_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of images are there for a plan, which reads none."""
+    create = DATASETS.create
+
+    def stand_in(name: str, params: Mapping[str, Any] | None = None, where: str = "") -> Dataset:
+        made: Dataset = create(name, params, where)
+        monkeypatch.setattr(made, "ids", lambda: [str(i) for i in range(1000)])
+        monkeypatch.setattr(made, "fingerprint", lambda: f"{name} {params}")
+        if name == "coco":  # whose classes are in a file
+            monkeypatch.setitem(vars(made), "classes", ())
+        return made
+
+    monkeypatch.setattr(DATASETS, "create", stand_in)
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_every_grid_can_be_planned_on_the_papers_profile(
+    root: Path, path: Path, named_images: None, missing: list[str]
+) -> None:
+    """There a grid covers all that is not covered nowhere, and every cell of blocks of its own is one to run."""
+    plan = make_plan(Options(path, profile="paper"))
+    covered, _ = _covered(plan)
+    paper, _, number = path.stem.partition("_")
+    for value in values(paper):
+        if value.table == number and value.text:
+            assert (_key(value) in covered) == (not_covered(value) is None), value
+    for index, block in enumerate(plan.grid.blocks):
+        if block.profiles:
+            mine = [
+                c for c in plan.cells if c.target.role in block.roles and c.defense_label in block.defenses
+            ]
+            assert mine and not [c.label for c in mine if c.skip], index
+
+
+def test_a_copy_of_the_papers_profile_needs_no_unpublished_targets(
+    root: Path, tmp_path: Path, named_images: None, missing: list[str]
+) -> None:
+    """As grids/papers/README.md says."""
+    own = tmp_path / "mine.yaml"
+    text = (GRIDS / "profiles" / "paper.yaml").read_text(encoding="utf-8")
+    own.write_text(text.replace("name: paper\n", "name: mine\n", 1), encoding="utf-8")
+    path = GRIDS / "papers" / "alignment_table9.yaml"
+    plan = make_plan(Options(path, profile=str(own)))
+    assert set(plan.targets) == {"cityscapes_deeplabv3", "voc2012_deeplabv3", "voc0712_rfbnet"}
+    assert _covered(plan)[0] == _covered(make_plan(Options(path)))[0]
+
+
+def test_generators_of_other_pictures_are_each_roles_own(
+    root: Path, named_images: None, missing: list[str]
+) -> None:
+    """Against Inc-v3 in front of a classifier, against Res-152 in front of a detector, and not ImageNet's."""
+    plan = make_plan(Options(GRIDS / "papers" / "nrp_table2.yaml", profile="paper"))
+    files: dict[tuple[str, str], set[str]] = {}
+    for cell in plan.cells:
+        if cell.attack is not None and cell.attack.name == "cda":
+            pictures = cell.attack_label.split("_")[1].split("-")[0]
+            files.setdefault((cell.target.role, pictures), set()).add(str(cell.attack.params["weights"]))
+            assert cell.attack_label.endswith(f"-{Fraction(cell.attack.params['eps']) * 255}")
+    models = {"nips_incres_v2_ens": "inc_v3", "coco_mask_rcnn": "res152"}
+    assert files == {
+        (role, pictures): {f"cda_{pictures}_{model}.pth"}
+        for role, model in models.items()
+        for pictures in ("imagenet", "comics", "paintings")
+    }
 
 
 ALIGNMENT = ("alignment", "alignment_li", "alignment_lf", "alignment_lif", "alignment_lt", "alignment_ltf")
@@ -419,8 +574,10 @@ def test_no_grid_keeps_the_embedded_datas_settings_on_the_papers_profile() -> No
                 for kind, name, key in wanted:
                     used = [params for n, params in (*attacks, *defenses) if n == name]
                     changes = getattr(own, kind).get(name, {})
-                    assert not used or changes.get(key), f"{path.stem}, {role}: {name} is the embedded data's"
                     for params in used:
+                        # A block of this profile says itself what it takes.
+                        said = bool(block.profiles) and key in params
+                        assert said or changes.get(key), f"{path.stem}, {role}: {name} is the embedded data's"
                         (ATTACKS if kind == "attacks" else DEFENSES).validate(name, {**params, **changes})
                         replaced.add(name)
     assert replaced == {"cda", "quilting", "ssp"}

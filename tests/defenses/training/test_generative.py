@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench.errors import PluginError
 from bench.protocols import Sample
@@ -122,6 +123,21 @@ def test_generator_of_another_size_is_refused(samples):
     t = trainer("defense_gan", samples, changes={"network_args": {"size": (24, 24), "width": 4}})
     with pytest.raises(PluginError, match=r"makes images of \(24, 24\), training images are \(16, 16\)"):
         t.run()
+
+
+def test_images_are_scaled_to_the_generator(samples):
+    """As the defense scales them; the critic then judges images of the generator's size."""
+    small = {"network_args": {"size": (8, 12), "width": 4, "latent": 6}, "objective_args": {"resize": True}}
+    t = trainer("defense_gan", samples, changes={**small, "epochs": 1})
+    assert t.critic is not None and t.critic(torch.zeros(1, 3, 8, 12)).shape == (1, 1)
+    step = step_of(t.network, Linear(0.1))
+    (fake,) = t.objective.fakes(step)
+    assert fake.shape == (4, 3, 8, 12)
+    seen = F.interpolate(step.clean, (8, 12), mode="bilinear", align_corners=False, antialias=True)
+    sums = [0.1 * float(x.flatten(1).sum(1).mean()) for x in (fake.detach(), 2 * seen - 1)]
+    critic = t.objective.critic(step, [fake.detach()])["critic"]
+    assert float(critic.detach()) == pytest.approx(sums[0] - sums[1], rel=1e-4)
+    assert {"critic", "penalty", "gan"} <= set(t.run().epochs[0])
 
 
 # -- DISCO ----------------------------------------------------------------------------------------------------------

@@ -504,3 +504,54 @@ def test_attacks_that_follow_a_label_are_known(name: str, params: dict[str, Any]
     assert torch.equal(right, wrong) != asks
     if not asks:
         assert torch.equal(made([-1] * 4), right)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "crop"),
+    [("mini_scenes_seg", "mini_pspnet", 64), ("mini_scenes_det", "mini_ssd", None)],
+)
+def test_a_generator_of_small_images_is_trained_on_scenes(
+    place: Path, bench: Run, dataset: str, model: str, crop: int | None
+) -> None:
+    """As profile paper trains it: whole images, or crops, scaled to the generator, which stands before whole ones."""
+    own = {
+        "network_args": {"size": [16, 16], "width": 4, "latent": 6},
+        "critic_args": {"width": 4},
+        "epochs": 1,
+    }
+    recipes = {"defense_gan": {**own, "batch": 2, "objective_args": {"resize": True}}}
+    settings = {"dataset": {"split": "train", "count": 4}, "recipes": recipes}
+    if crop is not None:
+        settings["crop"] = crop
+    profile = {
+        "name": "scenes",
+        "roles": {"scenes": {"dataset": {"name": dataset, "count": 2}, "model": model}},
+        "training": {"scenes": settings},
+    }
+    # Trainings are remembered by the profile's name: not the same one twice.
+    (place / f"{model}.yaml").write_text(yaml.safe_dump(profile))
+    block = {"roles": ["scenes"], "defenses": ["gan"], "attacks": ["noise"], "threats": ["oblivious"]}
+    content = {
+        "name": "scenes", "profile": f"{model}.yaml", "blocks": [block], "evaluate": {"repeats": 1},
+        "defenses": {"gan": {"name": "defense_gan", "resize": True, "R": 1, "L": 2}},
+    }  # fmt: skip
+    (place / "grid.yaml").write_text(yaml.safe_dump(content))
+    command = (
+        "run",
+        "--grid",
+        "grid.yaml",
+        "--store",
+        "s",
+        "--out",
+        "o",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        "--quiet",
+    )
+    assert bench(*command)[0] == 2
+    code, _, err = bench(*command, "--train-missing")
+    assert code == 0, err
+    frame = cell_frame(make_plan(options(place / "grid.yaml")), Store(place / "s"))
+    assert set(frame["status"]) == {"ok"} and set(frame["n"]) == {2}

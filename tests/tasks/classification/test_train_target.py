@@ -25,6 +25,7 @@ from bench.store import Store
 from bench.weights import load_state, read_meta, sha256_file
 from tasks.classification import _training as training
 from tasks.classification._training import TargetRecipe, TargetTrainer
+from tasks.classification.model import LogitsClassifier
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "plugins" / "toy.py"
@@ -194,7 +195,7 @@ def weights(t: TargetTrainer) -> Tensor:
     return torch.cat([v.flatten().double() for v in t.network.state_dict().values()])
 
 
-@pytest.mark.parametrize("adversarial", ["none", "pgd", "trades", "free"])
+@pytest.mark.parametrize("adversarial", ["none", "pgd", "trades", "free", "doa"])
 def test_resumed_trainings_end_with_the_same_bits(adversarial: str, tmp_path: Path) -> None:
     straight = trainer(adversarial=adversarial)
     history = straight.run()
@@ -212,7 +213,7 @@ def test_seeds_precision_and_adversaries_make_other_weights() -> None:
         for t in (
             trainer(epochs=1), trainer(epochs=1), trainer(epochs=1, seed=1), trainer(epochs=1, adversarial="pgd"),
             trainer(epochs=1, adversarial="free"), trainer(epochs=1, precision="bfloat16"), trainer(epochs=1, size=12),
-            trainer(epochs=1, label_smoothing=0.1),
+            trainer(epochs=1, label_smoothing=0.1), trainer(epochs=1, adversarial="doa"),
         )
         if t.run()
     ]  # fmt: skip
@@ -234,6 +235,111 @@ def test_one_step_by_hand() -> None:
     assert history.epochs[0]["ce"] == pytest.approx(loss.item(), rel=1e-5)
     for name, value in twin.state_dict().items():
         assert torch.allclose(t.network.state_dict()[name], value, atol=1e-6), name
+
+
+def test_a_square_hides_what_counts_most() -> None:
+    """The class is told by one bright place alone: that is where the square goes, and it becomes dark there."""
+    network = Brightest()
+    attack = training.Occlusion(LogitsClassifier(network, 2), side=3, alpha=0.125, steps=2)
+    images = torch.full((2, 3, 8, 9), 0.25)
+    images[0, :, 2:5, 4:7] = 1
+    images[1, :, 5:8, 0:3] = 1
+    found = attack(images, [1, 1], ["a", "b"])
+    for k, (top, left) in enumerate([(2, 4), (5, 0)]):
+        changed = (found[k] != images[k]).all(0)
+        expected = torch.zeros(8, 9, dtype=torch.bool)
+        expected[top : top + 3, left : left + 3] = True
+        # From grey, two steps down.
+        assert torch.equal(changed, expected) and torch.allclose(found[k][:, expected], torch.tensor(0.25))
+        assert torch.equal(found[k][:, ~expected], images[k][:, ~expected])
+    assert network.training and not found.requires_grad
+    with pytest.raises(BenchError, match="doa needs images of 7 pixels a side, these have 6"):
+        TargetTrainer(
+            TargetRecipe("mini_wrn", 1, 2, adversarial="doa"),
+            samples(size=6),
+            4,
+            [0.5] * 3,
+            [0.5] * 3,
+            key="k",
+        )
+
+
+class Brightest(torch.nn.Module):
+    """Class 1 by the mean of the brightest square of 3x3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        brightest = F.avg_pool2d(x, 3, 1).mean(1).amax((1, 2))
+        return torch.stack([-brightest, brightest], 1)
+
+
+# -- going on from a checkpoint ---------------------------------------------------------------------------------------
+def test_a_training_starts_from_given_weights(place: Path, train: Run) -> None:
+    assert train(*SMALL)[0] == 0
+    on = ("--epochs", "1", "--batch-size", "32", "--init", "w.safetensors", "--out", "on.safetensors")
+    # Steps that change nothing: what comes out is what went in.
+    code, _, err = train(*on, "--lr", "1e-30", "--weight-decay", "0")
+    assert code == 0, err
+    first, still = load_state(place / "w.safetensors"), load_state(place / "on.safetensors")
+    assert all(torch.equal(first.state[n], v) for n, v in still.state.items() if v.ndim > 1)
+    facts = json.loads((place / "on.json").read_text())
+    assert facts["payload"]["init"] == sha256_file(place / "w.safetensors")
+    assert (
+        " --init w.safetensors " in facts["command"]
+        and "init" not in json.loads((place / "w.json").read_text())["payload"]
+    )
+    # Normalised as those weights were, whatever the images.
+    assert train(*SMALL, "--no-normalise", "--overwrite")[0] == 0
+    assert train(*on, "--overwrite")[0] == 0
+    assert read_meta(place / "on.safetensors")["mean"] == [0, 0, 0]
+    # Another file is another training.
+    code, _, err = train(*on, "--overwrite", "--adversarial", "pgd", "--out", "other.safetensors")
+    assert code == 0, err
+    assert read_meta(place / "other.safetensors")["key"] != read_meta(place / "on.safetensors")["key"]
+
+
+def test_a_resumed_training_from_given_weights_ends_with_the_same_bits(tmp_path: Path) -> None:
+    begun = trainer(epochs=1, seed=3)
+    begun.run()
+    start = training.Start(tmp_path / "w", begun.network.state_dict(), "0" * 64)
+    recipe = TargetRecipe("mini_wrn", 2, 4, padding=2)
+
+    def going_on(state: Path | None = None) -> TargetTrainer:
+        own = training.Start(start.path, {n: v.clone() for n, v in start.state.items()}, start.sha256)
+        return TargetTrainer(recipe, samples(), 4, [0.5] * 3, [0.25] * 3, key="k", state=state, start=own)
+
+    straight = going_on()
+    assert torch.equal(weights(straight), weights(begun))
+    straight.run()
+    state = tmp_path / "state.safetensors"
+    going_on(state).run(until=2)
+    again = going_on(state)
+    assert again.step == 2
+    again.run()
+    assert torch.equal(weights(again), weights(straight)) and not torch.equal(
+        weights(again), weights(trainer())
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--init", "none.safetensors"), "--init: weights file none.safetensors does not exist"),
+        (("--init", "x.pth"), "--init: x.pth, as mini_vgg: a checkpoint of another model: 22 missing"),
+        (("--arch", "mini_wrn"), "--init: w.safetensors is a mini_vgg, --arch says mini_wrn"),
+        (("--dataset", "toy_images"), "--init: w.safetensors has 10 classes, the training images have 4"),
+        (("--no-normalise",), "--init: w.safetensors was trained on normalised images: leave out --no-normalise"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_one_line(
+    place: Path, train: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    assert train(*SMALL)[0] == 0
+    torch.save({"x": torch.zeros(1)}, place / "x.pth")
+    code, _, err = train(
+        "--epochs", "1", "--init", "w.safetensors", "--out", "n.safetensors", "--plugin", str(TOY), *arguments
+    )  # fmt: skip
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    assert not (place / "n.safetensors").exists()
 
 
 def test_learning_rates() -> None:
