@@ -80,6 +80,11 @@ def cases() -> list[Case]:
 def _budgets() -> list[Case]:
     """Attacks with an eps, all with the same settings."""
     named = {case.label: case for case in attack_strength.cases(steps=10)}
+    pgd = {
+        "foolbox": ("LinfProjectedGradientDescentAttack", {"abs_stepsize": ALPHA, "steps": 20}),
+        "torchattacks": ("PGD", {"eps": EPS, "alpha": ALPHA, "steps": 20}),
+        "art": ("ProjectedGradientDescent", {"eps": EPS, "eps_step": ALPHA, "max_iter": 20}),
+    }
     return [
         Case(
             "fgsm",
@@ -92,17 +97,9 @@ def _budgets() -> list[Case]:
             EPS,
             INF,
         ),
-        Case(
-            "pgd, 20 steps",
-            ("pgd", {"steps": 20}),
-            {
-                "foolbox": ("LinfProjectedGradientDescentAttack", {"abs_stepsize": ALPHA, "steps": 20}),
-                "torchattacks": ("PGD", {"eps": EPS, "alpha": ALPHA, "steps": 20}),
-                "art": ("ProjectedGradientDescent", {"eps": EPS, "eps_step": ALPHA, "max_iter": 20}),
-            },
-            EPS,
-            INF,
-        ),
+        Case("pgd, 20 steps", ("pgd", {"steps": 20}), pgd, EPS, INF),
+        # As where attack and evaluation share the pipeline.
+        Case("pgd, 20 steps, fooled leave", ("pgd", {"steps": 20, "stop_when_fooled": True}), pgd, EPS, INF),
         *(
             named[label]
             for label in (
