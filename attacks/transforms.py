@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attacks.objectives import BoundLoss
@@ -217,21 +218,18 @@ class InputDiversity:
     def _bilinear(
         self, images: Tensor, placement: Placement, inner: tuple[int, int], seen: tuple[int, int]
     ) -> Tensor:
+        moved = placement.applied.nonzero()[:, 0] if self.keeps_size else torch.arange(len(images))
         both = []
         for axis in (0, 1):
             length, canvas = inner[axis], placement.canvas[axis]
-            weights = _hats(placement.size[:, axis], placement.corner[:, axis], length, canvas, images.dtype)
+            size, corner = placement.size[moved, axis], placement.corner[moved, axis]
+            weights = _hats(size, corner, length, canvas, images.dtype)
             if canvas != seen[axis]:
                 back = _hats(torch.tensor([length]), torch.tensor([0]), canvas, length, images.dtype)
                 weights = back @ weights
-            if self.keeps_size:
-                weights[~placement.applied] = torch.eye(length, dtype=images.dtype)
             both.append(weights.to(images.device))
-        rows, columns = both
-        # On a CPU products with dense matrices take the time of torch's own resizing of a whole batch to one size at 32
-        # pixels, and 2 % of a ResNet-50's at 224; their backward passes sum in a fixed order on a GPU, too.
-        across = images.flatten(1, 2) @ columns.transpose(-1, -2)
-        return rows[:, None] @ across.view(*images.shape[:3], seen[1])
+        resized: Tensor = _Resized.apply(images, moved.to(images.device), *both)  # type: ignore[no-untyped-call]
+        return resized
 
     def objective(self, bound: BoundLoss, placement: Placement) -> DiverseObjective:
         """`bound` as seen through one step's placement."""
@@ -306,6 +304,36 @@ def _hats(size: Tensor, corner: Tensor, length: int, out: int, dtype: torch.dtyp
     centre = ((at + 0.5) * length / size[:, None].double() - 0.5).clamp(0, length - 1)
     weights = (1 - (centre[..., None] - torch.arange(length)).abs()).clamp(min=0)
     return (weights * ((at >= 0) & (at < size[:, None]))[..., None]).to(dtype)
+
+
+class _Resized(torch.autograd.Function):
+    """Images (B, 3, H, W), those `moved` replaced by rows @ image @ columns^T; the others stay, if sizes do.
+
+    On a CPU products with dense matrices take the time of torch's own resizing of a whole batch to one size at 32
+    pixels, and 2 % of a ResNet-50's at 224; their backward passes sum in a fixed order on a GPU, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, moved: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(moved, rows, columns)
+        return _placed(images, moved, rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        moved, rows, columns = ctx.saved_tensors
+        return _placed(grad, moved, rows.transpose(-1, -2), columns.transpose(-1, -2)), None, None, None
+
+
+def _placed(images: Tensor, moved: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    chosen = images if len(moved) == len(images) else images[moved]
+    across = chosen.flatten(1, 2) @ columns.transpose(-1, -2)
+    product = rows[:, None] @ across.view(*chosen.shape[:3], columns.shape[1])
+    if chosen is images:
+        return product
+    out = images.clone()
+    out[moved] = product
+    return out
 
 
 def select_memory(memory: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:

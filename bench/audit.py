@@ -640,13 +640,8 @@ def _filled(text: str, level: str, model: str, key: str, given: str) -> str:
 def _given(plan: Plan, store: Store) -> str:
     """The grid and what else the plan was made with, as words of a command line."""
     options, root = plan.options, _here(store.root)
-    words = [str(_here(options.grid))]
-    words += ["--profile", options.profile] if options.profile is not None else []
-    words += ["--seed", str(options.seed)] if options.seed is not None else []
-    words += ["--limit", str(options.limit)] if options.limit is not None else []
-    words += ["--store", str(root)] if root != Path(".bench") else []  # the default
-    words += [word for plugin in options.plugins for word in ("--plugin", plugin)]
-    return shlex.join(words)
+    default = root == Path(".bench")
+    return shlex.join([str(_here(options.grid)), *options.words(None if default else root)])
 
 
 def _here(path: Path) -> Path:

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -63,6 +64,10 @@ StoreOption = Annotated[
 ProfileOption = Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grid's.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="At most N images per role.")]
+WithoutOption = Annotated[
+    list[str],
+    typer.Option("--without", help="Role, defense or attack to leave out, by its label; may be repeated."),
+]
 PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")]
 AuditImagesOption = Annotated[
     int, typer.Option("--audit-images", min=0, help="Images of the extra cells; 0 = 100, 24 or 20 by task.")
@@ -122,13 +127,14 @@ def fail(message: str, code: int) -> None:
 
 def _options(
     grid: Path, profile: str | None, seed: int | None, limit: int | None, plugin: Sequence[Path], store: Path,
-    batch_size: int | None = None,
+    batch_size: int | None = None, without: Sequence[str] = (),
 ) -> Options:  # fmt: skip
     from bench.plan import Options
 
     return Options(
-        grid, profile, seed, limit, batch_size, tuple(str(p) for p in plugin), (str(store / CHECKPOINTS),)
-    )
+        grid, profile, seed, limit, batch_size, tuple(str(p) for p in plugin), (str(store / CHECKPOINTS),),
+        tuple(without),
+    )  # fmt: skip
 
 
 def _open(
@@ -150,6 +156,7 @@ def run(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: every GPU, else the CPU.")
     ] = None,
@@ -183,7 +190,7 @@ def run(
     from bench.runner import environment, overwrite, pending, run_plan
     from bench.tables import complete, notes
 
-    options = _options(grid, profile, seed, limit, plugin, store, batch_size)
+    options = _options(grid, profile, seed, limit, plugin, store, batch_size, without)
     devices = _devices(device)
     if train_missing:
         _train_missing(options, store, devices[0])
@@ -287,6 +294,7 @@ def audit_command(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda …; default: every GPU, else the CPU.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes per device.")] = 1,
     store: StoreOption = DEFAULT_STORE,
@@ -310,7 +318,7 @@ def audit_command(
         return
     path = grid_of(what) if what is not None else grid
     assert path is not None
-    plan, opened = _open(_options(path, profile, seed, limit, plugin, store), store)
+    plan, opened = _open(_options(path, profile, seed, limit, plugin, store, without=without), store)
     if costly:
         _run_extras(plan, opened, store, _devices(device), workers, images, quiet)
     if not _report(plan, opened, images):
@@ -614,6 +622,7 @@ def plan_command(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
@@ -621,7 +630,9 @@ def plan_command(
     from bench.progress import duration
     from bench.runner import pending
 
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store, absent=True)
+    plan, opened = _open(
+        _options(grid, profile, seed, limit, plugin, store, without=without), store, absent=True
+    )
     _check_tables(plan)
     jobs, cached = pending(plan, opened)
     waiting = {job.key: job for job in jobs}
@@ -660,6 +671,7 @@ def table(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: print.")
     ] = None,
@@ -678,7 +690,7 @@ def table(
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
     if format == "parquet" and output is None:
         raise GridError("--format parquet needs --output FILE")
-    options = _options(grid, profile, seed, limit, plugin, store)
+    options = _options(grid, profile, seed, limit, plugin, store, without=without)
     plan, opened = _open(options, store, instead=_comparison if compare == "paper" else None)
     _check_tables(plan)
     specs = plan.grid.tables
@@ -809,10 +821,11 @@ def _find(
     profile: str | None,
     seed: int | None,
     limit: int | None,
+    without: list[str],
     plugin: list[Path],
     store: Path,
 ) -> tuple[Cell, Plan, Store]:
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
     return plan.cell(cell), plan, opened
 
 
@@ -828,6 +841,7 @@ def show(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
@@ -835,7 +849,7 @@ def show(
     from bench.frame import cell_frame, passes
     from bench.runner import cell_record
 
-    found, plan, opened = _find(cell, grid, profile, seed, limit, plugin, store)
+    found, plan, opened = _find(cell, grid, profile, seed, limit, without, plugin, store)
     frame = cell_frame(plan, opened)
     lines = frame[frame["cell"] == found.key[:16]]
     lines = lines[lines["attack"] == found.attack_label]
@@ -856,11 +870,8 @@ def show(
     rows = cell_record(opened, found).read_rows()
     for environment in sorted({str(row["environment"]) for row in rows}):
         out.print_json(environment)
-    words = ["python", "-m", "bench", "run", "--grid", str(grid), "--seed", str(found.seed)]
-    words += ["--profile", profile] if profile else []
-    words += ["--limit", str(limit)] if limit else []
-    words += ["--store", str(store)] if store != DEFAULT_STORE else []
-    words += [word for path in plugin for word in ("--plugin", str(path))]
+    given = replace(plan.options, seed=found.seed).words(None if store == DEFAULT_STORE else store)
+    words = ["python", "-m", "bench", "run", "--grid", str(grid), *given]
     out.print(f"reproduce: {escape(shlex.join(words))}")
 
 
@@ -873,6 +884,7 @@ def figure(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda:N; default: the first GPU, else the CPU.")
     ] = None,
@@ -886,7 +898,7 @@ def figure(
     """
     from bench.grid import results_folder
 
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
     if not plan.grid.figures:
         raise GridError(f"{grid}: no figures (key `figures`)")
     folder = out_dir or results_folder(plan.options.grid, plan.grid)
@@ -916,6 +928,7 @@ def picture(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
@@ -925,7 +938,7 @@ def picture(
     from bench.pictures import picture as draw
     from bench.pictures import save, strip
 
-    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+    plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
     device = torch.device("cpu")
     save(draw([strip(plan.cell(cell), opened, image, device, cam=cam) for cell in cells]), output)
     err.print(f"wrote {escape(str(output))}")
@@ -938,6 +951,7 @@ def why(
     profile: ProfileOption = None,
     seed: SeedOption = None,
     limit: LimitOption = None,
+    without: WithoutOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
@@ -945,7 +959,7 @@ def why(
     from bench.keys import explain
     from bench.runner import cell_record, craft_record
 
-    found, _, opened = _find(cell, grid, profile, seed, limit, plugin, store)
+    found, _, opened = _find(cell, grid, profile, seed, limit, without, plugin, store)
     out.print(f"[bold]{escape(found.label)}[/bold]\nkey {found.key}")
     if found.skip is not None:
         out.print(f"not run: {escape(found.skip)}")

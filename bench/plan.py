@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +42,7 @@ from bench.keys import content_key
 from bench.protocols import Attack, Dataset, Defense, ModelSource, PixelMetric, Site, Task
 from bench.registry import ATTACKS, DATASETS, DEFENSES, METRICS, MODELS, TASKS, load_plugin
 from bench.threat import settled
+from bench.without import cut
 
 CLEAN = "clean"
 
@@ -57,6 +58,7 @@ class Options:
         batch_size: images per batch; by default the task's.
         plugins: more plug-in files.
         checkpoints: folders of trained checkpoints, besides the shipped ones.
+        without: roles, defenses and attacks to leave out, by label, such as those whose files are not there.
     """
 
     grid: Path
@@ -66,6 +68,16 @@ class Options:
     batch_size: int | None = None
     plugins: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def words(self, store: Path | None = None) -> list[str]:
+        """What says the same on a command line, behind the grid; `store` where it is not the default one."""
+        words = ["--profile", self.profile] if self.profile is not None else []
+        words += ["--seed", str(self.seed)] if self.seed is not None else []
+        words += ["--limit", str(self.limit)] if self.limit is not None else []
+        words += [word for label in self.without for word in ("--without", label)]
+        words += ["--store", str(store)] if store is not None else []
+        return words + [word for plugin in self.plugins for word in ("--plugin", plugin)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class Plan:
 
     Attributes:
         orders: column of the frame -> its labels, in the grid's order.
-        left_out: column of the frame -> labels that only blocks for other profiles have.
+        left_out: column of the frame -> labels that nothing has, since their blocks are for other profiles or left out.
     """
 
     grid: Grid
@@ -209,6 +221,7 @@ class _Planner:
         self._limited = False
         self._check_overrides()
         self._blocks, self._left_out = self._chosen_blocks()
+        self._leave_out(options.without)
 
     def plan(self) -> Plan:
         for index, block in self._left_out.items():
@@ -241,19 +254,34 @@ class _Planner:
             elsewhere = {role for block in self._left_out.values() for role in _roles(block)}
             if name not in roles | tasks | elsewhere | set(self.profile.roles) | set(TASKS):
                 raise GridError(f"{self.source}, images: {unknown('role or task', name, roles | tasks)}")
+        left_out = {
+            column: frozenset(label for block in self._left_out.values() for label in labels(block))
+            - frozenset(self.orders.get(column, ()))
+            for column, labels in _COLUMNS.items()
+        }
         return Plan(
-            self.grid,
+            self._cut_grid(left_out) if self.options.without else self.grid,
             self.options,
             self.profile.name,
             self.targets,
             tuple(self.cells.values()),
             {column: tuple(values) for column, values in self.orders.items()},
-            {
-                column: frozenset(label for block in self._left_out.values() for label in labels(block))
-                - frozenset(self.orders.get(column, ()))
-                for column, labels in _COLUMNS.items()
-            },
+            left_out,
         )
+
+    def _cut_grid(self, left_out: Mapping[str, frozenset[str]]) -> Grid:
+        """The grid with tables and figures of what is left."""
+        tasks = {target.task for target in self.targets.values()}
+        metrics = {name for task in tasks for name in TASKS.resolve(task).metrics} | set(self.metrics)
+        gone = {
+            **left_out, "task": frozenset(TASKS.names()) - tasks, "metric": frozenset(METRICS.names()) - metrics,
+        }  # fmt: skip
+        cells = [
+            {"role": cell.target.role, "task": cell.target.task, "defense": cell.defense_label, "level": cell.level,
+             "attack": cell.attack_label, "level_label": cell.level_label}
+            for cell in self.cells.values()
+        ]  # fmt: skip
+        return cut(self.grid, gone, cells)
 
     # -- what is for other profiles ----------------------------------------------------------------------------------
     def _chosen_blocks(self) -> tuple[dict[int, Block], dict[int, Block]]:
@@ -272,8 +300,35 @@ class _Planner:
             )
         return chosen, {i: block for i, block in enumerate(self.grid.blocks) if i not in chosen}
 
+    def _leave_out(self, names: Sequence[str]) -> None:
+        """Take roles, defenses and attacks out of the chosen blocks, and with them what needs them."""
+        known = {name for block in self._blocks.values() for name in _names(block)}
+        for name in names:
+            if name not in known:
+                raise GridError(
+                    f"--without: {unknown('role, defense or attack', name, known)} in {self.source}"
+                )
+        for index, block in list(self._blocks.items()):
+            if not known.intersection(names) & set(_names(block)):
+                continue
+            left = block.model_copy(
+                update={
+                    "roles": [role for role in block.roles if role not in names],
+                    "defenses": [spec for spec in block.defenses if _shown(spec) not in names],
+                    "attacks": [spec for spec in block.attacks if _shown(spec) not in names],
+                    "threats": [threat for threat in block.threats if not set(_needed(threat)) & set(names)],
+                }
+            )
+            self._left_out[index] = block
+            if left.roles and left.defenses and left.attacks and left.threats:
+                self._blocks[index] = left
+            else:
+                del self._blocks[index]
+        if not self._blocks:
+            raise GridError(f"--without: nothing of {self.source} is left")
+
     def _only_check_block(self, block: Block, where: str) -> None:
-        """What a block of other profiles says in place of labels."""
+        """What a block that is left out says in place of labels."""
         for i, spec in enumerate(block.defenses):
             if not (isinstance(spec, str) and spec in self.grid.defenses):
                 self._only_check("defenses", spec, f"{where}.defenses[{i}]")
@@ -669,6 +724,22 @@ def _roles(block: Block) -> Iterator[str]:
     yield from block.roles
     for threat in block.threats:
         yield from threat.sources
+
+
+def _needed(threat: ThreatSpec) -> Iterator[str]:
+    """Roles and defenses that a threat cannot do without."""
+    yield from threat.sources
+    if threat.surrogate is not None:
+        yield _shown(threat.surrogate)
+
+
+def _names(block: Block) -> Iterator[str]:
+    """Every role, defense and attack of a block, as tables call them."""
+    yield from block.roles
+    for spec in (*block.defenses, *block.attacks):
+        yield _shown(spec)
+    for threat in block.threats:
+        yield from _needed(threat)
 
 
 def _shown(spec: DefenseSpec) -> str:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from bench.checks import FLAGS
 from bench.errors import GridError
 from bench.frame import ADAPTIVE, WORST, passes
+from bench.plan import Options
 from bench.report.plots import KNOWING, Plot, parameters, percent
 from bench.tables import LEVELS, Table, TableSpec, build, notes
 
@@ -62,15 +63,13 @@ class Source:
 
     def command(self, verb: str, line: Mapping[str, Any], cell: str = "") -> str:
         """The command line that runs or shows the cell of `line`, for a shell in the project's folder."""
-        path = self.path.as_posix() if self.path is not None else f"{line['grid']}.yaml"
+        path = self.path if self.path is not None else Path(f"{line['grid']}.yaml")
         profile = str(line.get("profile") or "") if self.profile is None else self.profile
-        parts = ["python", "-m", "bench", verb, *([cell] if cell else []), "--grid", path]
-        parts += ["--profile", profile] if profile else []
-        parts += ["--seed", str(line["seed"])]
-        parts += ["--limit", str(self.limit)] if self.limit is not None else []
-        parts += [part for plugin in self.plugins for part in ("--plugin", plugin)]
-        parts += ["--store", str(self.store)] if self.store is not None else []
-        return shlex.join(parts)
+        options = Options(path, profile or None, int(line["seed"]), self.limit, plugins=self.plugins)
+        given = options.words(self.store)
+        return shlex.join(
+            ["python", "-m", "bench", verb, *([cell] if cell else []), "--grid", path.as_posix(), *given]
+        )
 
 
 @dataclass(frozen=True)

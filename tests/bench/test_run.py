@@ -157,6 +157,72 @@ def test_fooled_images_leave_only_where_they_are_judged(grid: Path) -> None:
     assert leaving(("float", "uint8")) == set()
 
 
+def test_labels_can_be_left_out(bench: Run, grid: Path) -> None:
+    """With what needs them, as if the grid had never named them; the rest is the same."""
+    absent = {"name": "hgd", "weights": "nowhere.safetensors"}
+    tables = [
+        *GRID["tables"],
+        {
+            "name": "two",
+            "columns": ["level_label", "attack"],
+            "where": {"defense": ["jpeg", "away"], "level": ["bpda"]},
+        },
+        {"name": "gone", "columns": ["level_label", "attack"], "where": {"defense": "away"}},
+        {"name": "passed", "columns": ["level_label", "attack"], "where": {"level": "transfer"}},
+    ]
+    figures = [
+        {
+            "name": "bars",
+            "kind": "bars",
+            "y": ["accuracy"],
+            "where": {"defense": ["none", "away"], "level": "oblivious"},
+        }
+    ]
+    block = {**BLOCK, "defenses": ["none", "away", "jpeg"]}
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [BLOCK]}))
+    whole = {cell.label: cell.key for cell in make_plan(Options(grid)).cells}
+    changed = {
+        "defenses": {**GRID["defenses"], "away": absent},
+        "blocks": [block],
+        "tables": tables,
+        "figures": figures,
+    }
+    grid.write_text(yaml.safe_dump({**GRID, **changed}))
+    code, _, err = bench("plan", "--grid", str(grid), "--store", "store")
+    assert code == 2 and "nowhere.safetensors" in err and len(err.strip().splitlines()) == 1
+    plan = make_plan(Options(grid, without=("away", "source", "noise")))
+    left = {cell.label: cell.key for cell in plan.cells}
+    assert left.items() <= whole.items() and not any(
+        "noise" in label or "transfer" in label for label in left
+    )
+    assert len(left) == len({(c.defense_label, c.attack_label, c.level, c.image_format) for c in plan.cells})
+    assert [(t.name, t.where) for t in plan.grid.tables] == [
+        ("main", {}), ("two", {"defense": ["jpeg"], "level": ["bpda"]})
+    ]  # fmt: skip
+    assert plan.grid.figures[0].parameters["where"] == {"defense": ["none"], "level": "oblivious"}
+    assert plan.left_out["defense"] == {"away"} and plan.left_out["attack"] == {"noise"}
+    options = ("--grid", str(grid), "--store", "store", "--without", "away", "--without", "noise")
+    assert run(bench, grid, "--without", "away", "--without", "noise")["main.md"].count(b"| jpeg") == 1
+    code, out, err = bench("table", *options, "--name", "two")
+    assert code == 0 and "jpeg" in out and "away" not in out, err
+    code, out, _ = bench("show", "classification / jpeg / pgd / bpda", *options)
+    assert code == 0 and "--without away --without noise --store store" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["jpgg"], "--without: unknown role, defense or attack 'jpgg': did you mean 'jpeg'?"),
+        (["none", "random", "jpeg", "chain"], "--without: nothing of "),
+        (["classification"], "--without: nothing of "),
+    ],
+)
+def test_what_cannot_be_left_out(bench: Run, grid: Path, names: list[str], message: str) -> None:
+    given = [word for name in names for word in ("--without", name)]
+    code, _, err = bench("plan", "--grid", str(grid), "--store", "store", *given)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
 def test_only_classes_leave() -> None:
     for task, stop in (("classification", True), ("segmentation", False), ("detection", False)):
         assert settled(ATTACKS.create("bim", {}), task, shared=True).params["stop_when_fooled"] is stop
