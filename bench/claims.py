@@ -788,6 +788,10 @@ def claims_command(
     profile: Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grids'.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most N images per role.")] = None,
+    without: Annotated[
+        list[str],
+        typer.Option("--without", help="Role, defense or attack that was left out, wherever a grid has it."),
+    ] = [],  # noqa: B006
     store: Annotated[
         Path,
         typer.Option(
@@ -808,13 +812,13 @@ def claims_command(
     if own is not None and not grid:
         text = render_claims(own, format)
     else:
-        frame, pair = _results(grid, profile, seed, limit, plugin, store)
+        frame, pair = _results(grid, profile, seed, limit, without, plugin, store)
         text = render_claims(evaluate(claims, frame, pair), format, own)
     write_text(text, output)
 
 
 def _results(
-    grids: Sequence[Path] | None, profile: str | None, seed: int | None, limit: int | None,
+    grids: Sequence[Path] | None, profile: str | None, seed: int | None, limit: int | None, without: Sequence[str],
     plugin: Sequence[Path], store: Path,
 ) -> tuple[pd.DataFrame, Rows]:  # fmt: skip
     """The frames of all grids, one below the other, and their rows."""
@@ -822,15 +826,22 @@ def _results(
 
     from bench.cli import _open, _options
     from bench.frame import COLUMNS, cell_frame
-    from bench.grid import GRIDS
+    from bench.grid import GRIDS, load_grid
+    from bench.plan import labels_of
     from bench.store import check_store
 
     check_store(store, instead="results/papers/claims.md, and `python -m bench claims --reference`")
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
+    labels = {path: labels_of(load_grid(path)) for path in chosen}
+    for name in without:
+        if not any(name in known for known in labels.values()):
+            known = set().union(*labels.values())
+            raise GridError(f"--without: {unknown('role, defense or attack', name, known)} in these grids")
     opened = []
     for path in chosen:
+        gone = [name for name in without if name in labels[path]]
         try:
-            opened.append(_open(_options(path, profile, seed, limit, plugin, store), store))
+            opened.append(_open(_options(path, profile, seed, limit, plugin, store, without=gone), store))
         except MissingCheckpoint as error:
             if grids:
                 raise

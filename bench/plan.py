@@ -726,6 +726,11 @@ def _roles(block: Block) -> Iterator[str]:
         yield from threat.sources
 
 
+def labels_of(grid: Grid) -> set[str]:
+    """Roles, defenses and attacks of a grid, as tables call them: what can be left out."""
+    return {name for block in grid.blocks for name in _names(block)}
+
+
 def _needed(threat: ThreatSpec) -> Iterator[str]:
     """Roles and defenses that a threat cannot do without."""
     yield from threat.sources

@@ -638,3 +638,12 @@ def test_grids_that_lack_checkpoints_are_left_out(
     assert code == 0 and "not run" in out and "left out lacking.yaml: it lacks 1 trained checkpoints" in err
     code, _, err = bench(*command, "--grid", str(lacking))
     assert code == 2 and "has no checkpoint cafd-mini-wideresnet-s9" in err
+    other = tmp_path / "papers" / "other.yaml"
+    other.write_text(
+        lacking.read_text().replace("lacking", "other").replace("{name: cafd, train_seed: 9}", "none")
+    )
+    lacking.write_text(lacking.read_text().replace("defenses: [", "defenses: [none, "))
+    code, out, err = bench(*command, "--without", "cafd(train_seed=9)")
+    assert code == 0 and "left out" not in err and "not run" in out, err
+    code, _, err = bench(*command, "--without", "caffd")
+    assert code == 2 and "--without: unknown role, defense or attack 'caffd'" in err
