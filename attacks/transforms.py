@@ -5,6 +5,7 @@ Gradient transforms are applied in order: translation invariance, then momentum,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,7 +191,8 @@ class InputDiversity:
         if self.keeps_size:
             back = torch.tensor(inner) / torch.tensor(placement.canvas)
             scale, offset = scale * back, offset * back
-            scale[~placement.applied], offset[~placement.applied] = 1.0, 0.0
+            moved = placement.applied[:, None]
+            scale, offset = torch.where(moved, scale, 1.0), torch.where(moved, offset, 0.0)
         move = self._bilinear if self.interpolation == "bilinear" else self._nearest
         return Warped(
             move(images, placement, inner, seen), Geometry(scale.float(), offset.float(), inner, seen)
@@ -223,10 +225,12 @@ class InputDiversity:
         for axis in (0, 1):
             length, canvas = inner[axis], placement.canvas[axis]
             size, corner = placement.size[moved, axis], placement.corner[moved, axis]
-            weights = _hats(size, corner, length, canvas, images.dtype)
-            if canvas != seen[axis]:
-                back = _hats(torch.tensor([length]), torch.tensor([0]), canvas, length, images.dtype)
-                weights = back @ weights
+            smallest = self._smallest(length)
+            table = _hat_table(smallest, length, canvas, seen[axis], images.dtype)
+            if table is not None and bool((size >= smallest).all()):
+                weights = table[size - smallest, corner]
+            else:
+                weights = _hats(size, corner, length, canvas, seen[axis], images.dtype)
             both.append(weights.to(images.device))
         resized: Tensor = _Resized.apply(images, moved.to(images.device), *both)  # type: ignore[no-untyped-call]
         return resized
@@ -295,12 +299,31 @@ def _selector(source: Tensor, length: int, like: Tensor) -> Tensor:
     return picks[:, None].to(device=like.device, dtype=like.dtype)
 
 
-def _hats(size: Tensor, corner: Tensor, length: int, out: int, dtype: torch.dtype) -> Tensor:
-    """Weights (B, out, length) of the bilinear resizing of `length` pixels to `size` (B,), at `corner` (B,) of `out`.
+@functools.lru_cache(maxsize=16)
+def _hat_table(smallest: int, length: int, canvas: int, seen: int, dtype: torch.dtype) -> Tensor | None:
+    """`_hats` of every size and corner there can be, (sizes, corners, seen, length); None where that is large."""
+    count = canvas - smallest + 1
+    if count * count * seen * length > _TABLE:
+        return None
+    places = torch.cartesian_prod(torch.arange(count), torch.arange(count))
+    weights = _hats(places[:, 0] + smallest, places[:, 1], length, canvas, seen, dtype)
+    return weights.view(count, count, seen, length)
 
-    Weights fall off linearly from the place where a pixel's centre comes from; outside the resized image they are 0.
+
+_TABLE = 1 << 20
+"""Weights that are kept: what 32 pixels need, far less than 224 would."""
+
+
+def _hats(size: Tensor, corner: Tensor, length: int, canvas: int, seen: int, dtype: torch.dtype) -> Tensor:
+    """Weights (B, seen, length) of bilinear resizing: `length` pixels to `size` (B,), put at `corner` (B,) of `canvas`.
+
+    Where `seen` differs, the canvas is resized to it. Weights fall off linearly from the place where a pixel's centre
+    comes from; outside the resized image they are 0.
     """
-    at = torch.arange(out) - corner[:, None]
+    if seen != canvas:
+        whole = _hats(torch.tensor([seen]), torch.tensor([0]), canvas, seen, seen, dtype)
+        return whole @ _hats(size, corner, length, canvas, canvas, dtype)
+    at = torch.arange(canvas) - corner[:, None]
     centre = ((at + 0.5) * length / size[:, None].double() - 0.5).clamp(0, length - 1)
     weights = (1 - (centre[..., None] - torch.arange(length)).abs()).clamp(min=0)
     return (weights * ((at >= 0) & (at < size[:, None]))[..., None]).to(dtype)
