@@ -349,11 +349,16 @@ class _Resized(torch.autograd.Function):
 
 
 def _placed(images: Tensor, moved: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    chosen = images if len(moved) == len(images) else images[moved]
-    across = chosen.flatten(1, 2) @ columns.transpose(-1, -2)
-    product = rows[:, None] @ across.view(*chosen.shape[:3], columns.shape[1])
-    if chosen is images:
-        return product
+    all_moved = len(moved) == len(images)
+    # Channels beside columns: both products are then of one matrix an image, and nothing is copied between them.
+    chosen = images.transpose(1, 2)
+    chosen = chosen if all_moved else chosen[moved]
+    count, height, channels, width = chosen.shape
+    across = rows @ chosen.reshape(count, height, channels * width)
+    product = across.view(count, -1, width) @ columns.transpose(-1, -2)
+    product = product.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
+    if all_moved:
+        return product.contiguous()
     out = images.clone()
     out[moved] = product
     return out
