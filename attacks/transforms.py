@@ -189,8 +189,9 @@ class InputDiversity:
         scale = placement.size / torch.tensor(inner)
         offset = placement.corner.float()
         if self.keeps_size:
-            back = torch.tensor(inner) / torch.tensor(placement.canvas)
-            scale, offset = scale * back, offset * back
+            if seen != placement.canvas:
+                back = torch.tensor(inner) / torch.tensor(placement.canvas)
+                scale, offset = scale * back, offset * back
             moved = placement.applied[:, None]
             scale, offset = torch.where(moved, scale, 1.0), torch.where(moved, offset, 0.0)
         move = self._bilinear if self.interpolation == "bilinear" else self._nearest
@@ -221,16 +222,15 @@ class InputDiversity:
         self, images: Tensor, placement: Placement, inner: tuple[int, int], seen: tuple[int, int]
     ) -> Tensor:
         moved = placement.applied.nonzero()[:, 0] if self.keeps_size else torch.arange(len(images))
-        both = []
+        sizes, corners = placement.size[moved], placement.corner[moved]
+        both: list[Tensor] = []
         for axis in (0, 1):
-            length, canvas = inner[axis], placement.canvas[axis]
-            size, corner = placement.size[moved, axis], placement.corner[moved, axis]
-            smallest = self._smallest(length)
-            table = _hat_table(smallest, length, canvas, seen[axis], images.dtype)
-            if table is not None and bool((size >= smallest).all()):
-                weights = table[size - smallest, corner]
-            else:
-                weights = _hats(size, corner, length, canvas, seen[axis], images.dtype)
+            length, canvas, out = inner[axis], placement.canvas[axis], seen[axis]
+            table = _hat_table(self._smallest(length), length, canvas, out, images.dtype)
+            if table is not None and inner[0] == inner[1]:
+                both = list(table[sizes - self._smallest(length), corners].to(images.device).unbind(1))
+                break
+            weights = _hats(sizes[:, axis], corners[:, axis], length, canvas, out, images.dtype)
             both.append(weights.to(images.device))
         resized: Tensor = _Resized.apply(images, moved.to(images.device), *both)  # type: ignore[no-untyped-call]
         return resized
