@@ -36,6 +36,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -295,23 +296,28 @@ def measure(
     passes = [0, 0]
 
     def once(name: str) -> None:
+        start = len(seen[name].seconds)
+        # Attacks with an eps begin anew in each repeat, all of them from the repeat's number.
+        run = case.run("ours", target, start) if name == "ours" and case.eps is not None else runs.get(name)
+        torch.manual_seed(start)
+        np.random.seed(start)  # noqa: NPY002 - what ART draws from
         counter.forwards = counter.backwards = 0
         begun = time.process_time()
-        if name == "floor":
+        if run is None:
             bare(network, images, *passes)
         else:
-            out = runs[name](images, labels).detach()
+            out = run(images, labels).detach()
         seen[name].seconds.append(time.process_time() - begun)
         seen[name].forwards = counter.forwards / len(images)
         seen[name].backwards = counter.backwards / len(images)
         if name == "ours":
             passes[:] = [max(1, round(seen[name].forwards)), round(seen[name].backwards)]
-        count = len(seen[name].seconds)
-        if name == "floor" or (count > 1 and case.eps is None):
+        count = start + 1
+        if run is None or count > (1 if case.eps is None else repeats):
             return
         with torch.no_grad():
             wrong = network(out).argmax(1) != labels
-        # Libraries draw anew at every run, some once for the whole batch: one run would be luck.
+        # Some draw once for the whole batch: one run would be luck.
         seen[name].success += (float(wrong.float().mean()) - seen[name].success) / count
         if count == 1:
             delta = (out - images).flatten(1)[wrong].norm(case.norm, dim=1)
