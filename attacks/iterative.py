@@ -114,9 +114,10 @@ class Iterative(Attack):
         return_best: return the best iterate instead of the last one. Off for parity: every published loop here
             returns the last.
         best_by: what is better for `return_best` and `restarts`: a larger `loss`, or `fooled` first and then the loss.
-        stop_when_fooled: an image leaves the batch as soon as the victim misclassifies it (reaches the target). Saves
-            time where attack and evaluation share one pipeline; off for images that another pipeline will see. None =
-            as that demands (`attacks.scores.Stop`).
+        stop_when_fooled: an image leaves the batch as soon as the victim sees another class than its label (or sees the
+            target). Saves time where attack and evaluation share one pipeline; off for images that another pipeline
+            will see. None = as that demands (`attacks.scores.Stop`). Input diversity and `kl` take a forward pass more
+            a step for it.
     """
 
     added: ClassVar[Mapping[str, Any]] = {"di_interpolation": "nearest"}

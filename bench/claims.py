@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from bench.errors import GridError, MissingCheckpoint, unknown
+from bench.errors import GridError, MissingCheckpoint, NothingLeft, unknown
 from bench.files import write_text
 from bench.paper import PAPERS, ROOT, frame_metric, values
 
@@ -827,12 +827,12 @@ def _results(
     from bench.cli import _open, _options
     from bench.frame import COLUMNS, cell_frame
     from bench.grid import GRIDS, load_grid
-    from bench.plan import labels_of
+    from bench.plan import can_be_left_out
     from bench.store import check_store
 
     check_store(store, instead="results/papers/claims.md, and `python -m bench claims --reference`")
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
-    labels = {path: labels_of(load_grid(path)) for path in chosen}
+    labels = {path: can_be_left_out(load_grid(path)) for path in chosen}
     for name in without:
         if not any(name in known for known in labels.values()):
             known = set().union(*labels.values())
@@ -842,6 +842,10 @@ def _results(
         gone = [name for name in without if name in labels[path]]
         try:
             opened.append(_open(_options(path, profile, seed, limit, plugin, store, without=gone), store))
+        except NothingLeft:
+            if grids:
+                raise
+            logger.warning("left out %s: nothing of it is left", path.name)
         except MissingCheckpoint as error:
             if grids:
                 raise

@@ -66,7 +66,9 @@ SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed, instead of th
 LimitOption = Annotated[int | None, typer.Option(min=1, help="At most N images per role.")]
 WithoutOption = Annotated[
     list[str],
-    typer.Option("--without", help="Role, defense or attack to leave out, by its label; may be repeated."),
+    typer.Option(
+        "--without", help="Role, defense or attack to leave out: LABEL, or defense:LABEL; may be repeated."
+    ),
 ]
 PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")]
 AuditImagesOption = Annotated[
@@ -382,13 +384,26 @@ def _write(plan: Plan, frame: Any, folder: Path) -> None:
             plan.grid.tables,
             folder,
             title=plan.grid.title or plan.grid.name,
+            remark=_remark(plan),
         )
     except OSError as error:
         raise StoreError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
 
 
+def _remark(plan: Plan) -> str:
+    """What the tables do not show of how they came about."""
+    gone = ", ".join(plan.options.without)
+    return (
+        f"Left out (`--without`): {gone}. Worst cases and `adaptive` are over what is left." if gone else ""
+    )
+
+
 def _print_tables(plan: Plan, frame: Any) -> None:
     from bench.tables import markdown
+
+    if plan.options.without:
+        out.print(escape(_remark(plan)), markup=True)
+        out.print()
 
     for spec in plan.grid.tables:
         out.print(escape(markdown(frame, spec)), markup=True)

@@ -26,6 +26,10 @@ class GridError(BenchError):
     """A grid, profile or command-line value is wrong."""
 
 
+class NothingLeft(GridError):
+    """What is left out of a grid is all of it."""
+
+
 class PluginError(BenchError):
     """A plug-in file, entry point or registered class cannot be used."""
 

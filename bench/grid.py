@@ -403,6 +403,11 @@ def _profiles_in(folder: Path) -> Iterator[str]:
                 yield path.name
 
 
+def profile_names(folder: Path) -> set[str]:
+    """Names that the profile files in a folder give themselves; those that cannot be read are left out."""
+    return {str(read_yaml(folder / file).get("name", "")) for file in _profiles_in(folder)}
+
+
 def split_spec(spec: PluginSpec, where: str) -> tuple[str, dict[str, Any], str | None]:
     """(name, parameters, label) of a plug-in spec: `jpeg`, `robustbench:ID` or `{name: jpeg, quality: 50}`.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from bench.errors import (
     GridError,
     MissingCheckpoint,
     NotApplicable,
+    NothingLeft,
     PluginError,
     WeightsError,
     listed,
@@ -35,6 +36,7 @@ from bench.grid import (
     beside,
     load_grid,
     load_profile,
+    profile_names,
     shipped_profiles,
     split_spec,
 )
@@ -58,7 +60,8 @@ class Options:
         batch_size: images per batch; by default the task's.
         plugins: more plug-in files.
         checkpoints: folders of trained checkpoints, besides the shipped ones.
-        without: roles, defenses and attacks to leave out, by label, such as those whose files are not there.
+        without: roles, defenses and attacks to leave out, such as those whose files are not there: a label, or
+            `defense:LABEL` where an attack is called so, too.
     """
 
     grid: Path
@@ -260,7 +263,7 @@ class _Planner:
             for column, labels in _COLUMNS.items()
         }
         return Plan(
-            self._cut_grid(left_out) if self.options.without else self.grid,
+            self._cut_grid(left_out) if self._left_out else self.grid,
             self.options,
             self.profile.name,
             self.targets,
@@ -289,9 +292,10 @@ class _Planner:
         known = {*shipped_profiles(), self.profile.name}
         for index, block in enumerate(self.grid.blocks):
             for i, name in enumerate(block.profiles):
-                if name not in known:
+                beside_it = set() if name in known else profile_names(self.options.grid.expanduser().parent)
+                if name not in known | beside_it:
                     at = f"{self.source}, blocks[{index}].profiles[{i}]"
-                    raise GridError(f"{at}: {unknown('profile', name, known)}")
+                    raise GridError(f"{at}: {unknown('profile', name, known | beside_it)}")
         chosen = {i: block for i, block in enumerate(self.grid.blocks) if block.is_for(self.profile.name)}
         if not chosen:
             names = {name for block in self.grid.blocks for name in block.profiles}
@@ -302,30 +306,50 @@ class _Planner:
 
     def _leave_out(self, names: Sequence[str]) -> None:
         """Take roles, defenses and attacks out of the chosen blocks, and with them what needs them."""
-        known = {name for block in self._blocks.values() for name in _names(block)}
+        if not names:
+            return
+        known = _labels_by_kind(self.grid)
+        gone: dict[str, set[str]] = {kind: set() for kind in known}
         for name in names:
-            if name not in known:
+            kind, _, label = name.partition(":")
+            found = [(kind, label)] if kind in known else [(k, name) for k in known if name in known[k]]
+            if len(found) > 1:
+                ways = " or ".join(f"{k}:{name}" for k, _ in found)
                 raise GridError(
-                    f"--without: {unknown('role, defense or attack', name, known)} in {self.source}"
+                    f"--without {name}: several things of {self.source} are called so: expected {ways}"
                 )
+            if not found or found[0][1] not in known[found[0][0]]:
+                near = unknown("role, defense or attack", name, can_be_left_out(self.grid))
+                raise GridError(f"--without: {near} in {self.source}")
+            gone[found[0][0]].add(found[0][1])
         for index, block in list(self._blocks.items()):
-            if not known.intersection(names) & set(_names(block)):
+            left: dict[str, list[Any]] = {
+                "roles": [role for role in block.roles if role not in gone["role"]],
+                "defenses": [spec for spec in block.defenses if not self._has(spec, gone["defense"])],
+                "attacks": [spec for spec in block.attacks if _shown(spec) not in gone["attack"]],
+                "threats": [
+                    threat for threat in block.threats
+                    if not gone["role"].intersection(threat.sources)
+                    and not (threat.surrogate is not None and self._has(threat.surrogate, gone["defense"]))
+                ],
+            }  # fmt: skip
+            if all(len(kept) == len(getattr(block, key)) for key, kept in left.items()):
                 continue
-            left = block.model_copy(
-                update={
-                    "roles": [role for role in block.roles if role not in names],
-                    "defenses": [spec for spec in block.defenses if _shown(spec) not in names],
-                    "attacks": [spec for spec in block.attacks if _shown(spec) not in names],
-                    "threats": [threat for threat in block.threats if not set(_needed(threat)) & set(names)],
-                }
-            )
             self._left_out[index] = block
-            if left.roles and left.defenses and left.attacks and left.threats:
-                self._blocks[index] = left
+            if all(left.values()):
+                self._blocks[index] = block.model_copy(update=left)
             else:
                 del self._blocks[index]
         if not self._blocks:
-            raise GridError(f"--without: nothing of {self.source} is left")
+            raise NothingLeft(f"--without: nothing of {self.source} is left")
+
+    def _has(self, spec: DefenseSpec, labels: Set[str], inside: Set[str] = frozenset()) -> bool:
+        """Whether a defense, or one that it is a chain of, is called so."""
+        shown = _shown(spec)
+        if shown in labels or shown in inside:
+            return shown in labels
+        members = self.grid.defenses.get(spec) if isinstance(spec, str) else spec
+        return isinstance(members, list) and any(self._has(m, labels, inside | {shown}) for m in members)
 
     def _only_check_block(self, block: Block, where: str) -> None:
         """What a block that is left out says in place of labels."""
@@ -726,25 +750,21 @@ def _roles(block: Block) -> Iterator[str]:
         yield from threat.sources
 
 
-def labels_of(grid: Grid) -> set[str]:
-    """Roles, defenses and attacks of a grid, as tables call them: what can be left out."""
-    return {name for block in grid.blocks for name in _names(block)}
+def can_be_left_out(grid: Grid) -> set[str]:
+    """What `--without` takes: labels of roles, defenses and attacks, plain and behind their kind (`role:ssd`)."""
+    return {
+        name for kind, labels in _labels_by_kind(grid).items() for x in labels for name in (x, f"{kind}:{x}")
+    }
 
 
-def _needed(threat: ThreatSpec) -> Iterator[str]:
-    """Roles and defenses that a threat cannot do without."""
-    yield from threat.sources
-    if threat.surrogate is not None:
-        yield _shown(threat.surrogate)
-
-
-def _names(block: Block) -> Iterator[str]:
-    """Every role, defense and attack of a block, as tables call them."""
-    yield from block.roles
-    for spec in (*block.defenses, *block.attacks):
-        yield _shown(spec)
-    for threat in block.threats:
-        yield from _needed(threat)
+def _labels_by_kind(grid: Grid) -> dict[str, set[str]]:
+    surrogates = (threat.surrogate for block in grid.blocks for threat in block.threats if threat.surrogate)
+    return {
+        "role": {role for block in grid.blocks for role in _roles(block)},
+        "defense": {*grid.defenses, *(_shown(spec) for block in grid.blocks for spec in block.defenses),
+                    *map(_shown, surrogates)},
+        "attack": {*grid.attacks, *(_shown(spec) for block in grid.blocks for spec in block.attacks)},
+    }  # fmt: skip
 
 
 def _shown(spec: DefenseSpec) -> str:

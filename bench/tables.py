@@ -828,6 +828,7 @@ def write_tables(
     folder: Path,
     *,
     title: str = "",
+    remark: str = "",
     formats: Iterable[str] = ("markdown", "csv"),
     orders: Orders | None = None,
 ) -> list[Path]:
@@ -840,6 +841,7 @@ def write_tables(
         specs: the tables; names must differ.
         folder: where to; made if missing.
         title: headline of the page.
+        remark: what stands below it.
         formats: of `FORMATS`; "parquet" is the long frame as results.parquet.
         orders: as `build`.
 
@@ -849,7 +851,7 @@ def write_tables(
     """
     tables = [build(lines, spec, orders) for spec in specs]
     content: dict[str, bytes] = {"results.csv": long_csv(lines).encode()}
-    pages = [f"# {title}" if title else "", *(_markdown(table).rstrip("\n") for table in tables)]
+    pages = [f"# {title}" if title else "", remark, *(_markdown(table).rstrip("\n") for table in tables)]
     listed = "\n".join(f"- {note}" for note in notes(lines))
     content["README.md"] = ("\n\n".join(part for part in (*pages, listed) if part) + "\n").encode()
     for format in formats:

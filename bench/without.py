@@ -36,7 +36,16 @@ def cut(grid: Grid, gone: Labels, cells: Iterable[Mapping[str, str]]) -> Grid:
     for figure in grid.figures:
         where = _where(figure.parameters.get("where", {}), gone, there)
         if where is not None:
-            changed = {"where": where} if "where" in figure.parameters else {}
+            changed: dict[str, Any] = {"where": where} if "where" in figure.parameters else {}
+            series = figure.parameters.get("series")
+            if isinstance(series, Mapping):
+                kept_series = {
+                    name: own for name, own in series.items()
+                    if not isinstance(own, Mapping) or _where({**where, **own}, gone, there) is not None
+                }  # fmt: skip
+                if series and not kept_series:
+                    continue
+                changed["series"] = kept_series
             figures.append(FigureSpec(**{**figure.model_dump(), **changed}))
     return grid.model_copy(update={"tables": tables, "figures": figures})
 

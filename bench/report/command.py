@@ -60,6 +60,9 @@ def report_command(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Folder to write to; default: the one with the results.")
     ] = None,
+    without: Annotated[
+        list[str], typer.Option("--without", help="With --grid: what was left out of the run, as there.")
+    ] = [],  # noqa: B006
     plugin: Annotated[list[Path], typer.Option("--plugin", help="Python file that registers plug-ins.")] = [],  # noqa: B006
 ) -> None:
     """Write results as one HTML page that needs nothing else, and its plots as PNG and SVG; runs nothing."""
@@ -78,14 +81,16 @@ def report_command(
     if grid is not None:
         from bench.report.pictures import versions_of
 
-        plan, opened = _open(_options(grid, profile, seed, limit, plugin, store), store)
+        plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
         lines = _plain(cell_frame(plan, opened).drop(columns=list(VOLATILE)))
         if not (lines["n"] > 0).any():
             raise StoreError(f"store {store} holds no results of {grid}: run the grid first")
         versions = versions_of(plan, opened)
         stored = plan, opened
         named = _profile_option(profile, plan.grid)
-        source = Source(_from_root(grid), plan.grid, named, limit, plugins, _store_option(store))
+        source = Source(
+            _from_root(grid), plan.grid, named, limit, plugins, _store_option(store), tuple(without)
+        )
         target = out_dir or folder or results_folder(grid, plan.grid)
     elif folder is not None:
         lines = read_results(folder)

@@ -52,6 +52,7 @@ class Source:
         limit: images per role, as `--limit`.
         plugins: plug-in files, as `--plugin`.
         store: as `--store`; None = the default one.
+        without: as `--without`.
     """
 
     path: Path | None
@@ -60,12 +61,15 @@ class Source:
     limit: int | None
     plugins: tuple[str, ...] = ()
     store: Path | None = None
+    without: tuple[str, ...] = ()
 
     def command(self, verb: str, line: Mapping[str, Any], cell: str = "") -> str:
         """The command line that runs or shows the cell of `line`, for a shell in the project's folder."""
         path = self.path if self.path is not None else Path(f"{line['grid']}.yaml")
         profile = str(line.get("profile") or "") if self.profile is None else self.profile
-        options = Options(path, profile or None, int(line["seed"]), self.limit, plugins=self.plugins)
+        options = Options(
+            path, profile or None, int(line["seed"]), self.limit, plugins=self.plugins, without=self.without
+        )
         given = options.words(self.store)
         return shlex.join(
             ["python", "-m", "bench", verb, *([cell] if cell else []), "--grid", path.as_posix(), *given]

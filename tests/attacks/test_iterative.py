@@ -436,17 +436,46 @@ def test_fooled_images_leave_the_batch(lab):
     assert sum(fooled) >= sum(p != y for p, y in zip(final, labels, strict=True))
 
 
+def test_targeted_images_leave_at_their_target(lab):
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, _ = lab.batch(12)
+    wrong = [(p + 1) % 5 for p in target.predict(images)]
+    params = {"eps": "1/4", "alpha": "1/100", "steps": 25, "target": "random", "stop_when_fooled": True}
+    attack = ATTACKS.create("bim", params)
+    oracle = lab.oracle(target, attack, 12)
+    predicted = target.predict(attack.run(oracle, images, wrong, lab.rng(12)))
+    taken = [trace.backwards for trace in oracle.traces]
+    assert len(set(taken)) > 1
+    for p, t, steps in zip(predicted, wrong, taken, strict=True):
+        assert p == t or steps == 25
+
+
+def test_restarts_are_for_images_that_were_not_fooled(lab):
+    target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
+    images, _ = lab.batch(12)
+    labels = target.predict(images)
+    params = {"eps": "1/8", "alpha": "1/100", "steps": 10, "restarts": 3, "stop_when_fooled": True}
+    attack = ATTACKS.create("pgd", params)
+    oracle = lab.oracle(target, attack, 12)
+    predicted = target.predict(attack.run(oracle, images, labels, lab.rng(12)))
+    taken = [trace.backwards for trace in oracle.traces]
+    for p, y, steps in zip(predicted, labels, taken, strict=True):
+        assert p != y or steps == attack.passes()
+    # One that the first run fools takes part in no other: at most its steps and the look at the last.
+    assert min(taken) <= 11
+
+
 def test_what_is_wrong_already_is_left_alone(lab):
     target = lab.Classifier(lab.convnet(), 5)
     images, _ = lab.batch(6)
     labels = [(p + 1) % 5 for p in target.predict(images)]
-    for name, params in (("bim", {}), ("di_fgsm", {}), ("pgd", {"loss": "margin", "start": "none"})):
-        attack = (
-            ATTACKS.create("iterative", {"di_prob": 0.5})
-            if name == "di_fgsm"
-            else ATTACKS.create(name, params)
-        )
-        stops = ATTACKS.create(attack.name, {**attack.params, "stop_when_fooled": True})
+    for name, params in (
+        ("bim", {}),
+        ("iterative", {"di_prob": 0.5}),
+        ("pgd", {"loss": "margin", "start": "none"}),
+    ):
+        attack = ATTACKS.create(name, params)
+        stops = ATTACKS.create(name, {**params, "stop_when_fooled": True})
         assert torch.equal(lab.run(stops, target, images, labels), images)
         assert not torch.equal(lab.run(attack, target, images, labels), images)
 

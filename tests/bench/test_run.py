@@ -209,15 +209,54 @@ def test_labels_can_be_left_out(bench: Run, grid: Path) -> None:
     assert code == 0 and "--without away --without noise --store store" in out
 
 
+def test_a_defense_or_an_attack_of_one_name_is_left_out(grid: Path) -> None:
+    """And a chain with each of its members."""
+    changed = {
+        "defenses": {"noise": {"name": "noise"}, "chain": ["jpeg", "noise"], "random": {"name": "noise"}}
+    }
+    block = {**BLOCK, "defenses": ["none", "noise", "chain", ["random", "jpeg"]]}
+    grid.write_text(yaml.safe_dump({**GRID, **changed, "blocks": [block]}))
+
+    def left(*names: str) -> tuple[set[str], set[str]]:
+        cells = make_plan(Options(grid, without=names)).cells
+        return {c.defense_label for c in cells}, {c.attack_label for c in cells} - {"clean"}
+
+    assert left("attack:noise") == ({"none", "noise", "chain", "random + jpeg"}, {"pgd", "fgsm"})
+    assert left("defense:noise") == ({"none", "random + jpeg"}, {"pgd", "fgsm", "noise"})
+    assert left("random")[0] == {"none", "noise", "chain"}
+
+
+def test_a_remark_says_what_was_left_out(bench: Run, grid: Path) -> None:
+    shown = run(bench, grid, "--without", "chain")["README.md"].decode()
+    assert "Left out (`--without`): chain. Worst cases and `adaptive` are over what is left." in shown
+    options = ("--grid", str(grid), "--store", "store", "--out", "page", "--without", "chain")
+    assert bench("report", *options)[0] == 0
+    assert "--without chain" in (grid.parent / "page" / "report.html").read_text()
+
+
+def test_tables_may_name_what_only_another_profile_has(bench: Run, grid: Path) -> None:
+    other = {**BLOCK, "defenses": ["tvm"], "profiles": ["mine"]}
+    (grid.parent / "mine.yaml").write_text("name: mine\nroles: {}\n")
+    table = {"name": "a", "columns": ["level_label", "attack"], "where": {"defense": ["jpeg", "tvm"]}}
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [BLOCK, other], "tables": [table]}))
+    assert make_plan(Options(grid)).grid.tables[0].where == {"defense": ["jpeg"]}
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["jpgg"], "--without: unknown role, defense or attack 'jpgg': did you mean 'jpeg'?"),
         (["none", "random", "jpeg", "chain"], "--without: nothing of "),
         (["classification"], "--without: nothing of "),
+        (["twice"], "--without twice: several things of "),
+        (["defense:pgd"], "--without: unknown role, defense or attack 'defense:pgd'"),
     ],
 )
 def test_what_cannot_be_left_out(bench: Run, grid: Path, names: list[str], message: str) -> None:
+    attacks = {**GRID["attacks"], "twice": "fgsm"}
+    grid.write_text(
+        yaml.safe_dump({**GRID, "attacks": attacks, "defenses": {**GRID["defenses"], "twice": "jpeg"}})
+    )
     given = [word for name in names for word in ("--without", name)]
     code, _, err = bench("plan", "--grid", str(grid), "--store", "store", *given)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
