@@ -138,7 +138,8 @@ def extras(plan: Plan, images: int = 0) -> list[Extra]:
                     )
                 )
             twin = (cell.target.role, cell.defense_label, cell.attack_label, cell.level_label, "uint8")
-            if twin not in twins:
+            # An image that left at its first success is at the boundary: another rounding of it says nothing.
+            if twin not in twins and cell.attack.params.get("stop_when_fooled") is not True:
                 payload = {**cell.payload, "image_format": "uint8"}
                 other = replace(parent, key=content_key(payload), payload=payload, image_format="uint8")
                 out.append(Extra("V22", "uint8", other, parent))
