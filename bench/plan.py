@@ -667,14 +667,9 @@ class _Planner:
                 self.orders.setdefault(column, {}).setdefault(value)
 
     def _level_label(self, threat: ThreatSpec, where: str) -> str:
-        label: str = threat.level
-        if threat.sources:
-            label += " from " + "+".join(threat.sources)
-        if threat.surrogate_seed is not None:
-            label += f" via seed {threat.surrogate_seed}"
-        elif threat.surrogate is not None:
-            label += " via " + self._defense(threat.surrogate, f"{where}.surrogate")[0]
-        return label
+        if threat.surrogate is None:
+            return _shown_level(threat)
+        return _shown_level(threat, self._defense(threat.surrogate, f"{where}.surrogate")[0])
 
     def _craft(
         self,
@@ -777,14 +772,15 @@ def _shown(spec: DefenseSpec) -> str:
     return own or _label(name, params)
 
 
-def _shown_level(threat: ThreatSpec) -> str:
+def _shown_level(threat: ThreatSpec, surrogate: str | None = None) -> str:
+    """A level and its settings as in tables; `surrogate` is the label of its defense where that has been made."""
     label: str = threat.level
     if threat.sources:
         label += " from " + "+".join(threat.sources)
     if threat.surrogate_seed is not None:
         label += f" via seed {threat.surrogate_seed}"
     elif threat.surrogate is not None:
-        label += " via " + _shown(threat.surrogate)
+        label += " via " + (surrogate or _shown(threat.surrogate))
     return label
 
 

@@ -11,7 +11,7 @@ from bench.tables import TableSpec
 
 Labels = Mapping[str, frozenset[str]]
 
-#: Columns of lines that come of several cells; only they may be without a cell of their own.
+#: Labels of lines that come of several cells, or of none that is attacked: no cell has to have them.
 _DERIVED = {"worst case", "adaptive", "clean"}
 
 
@@ -34,8 +34,10 @@ def cut(grid: Grid, gone: Labels, cells: Iterable[Mapping[str, str]]) -> Grid:
             tables.append(spec.model_copy(update={"where": where, "metric": metric}))
     figures: list[FigureSpec] = []
     for figure in grid.figures:
-        where = _where(figure.parameters.get("where", {}), gone, there)
-        if where is not None:
+        chosen = figure.parameters.get("where", {})
+        if not isinstance(chosen, Mapping):
+            figures.append(figure)  # to be refused as it is
+        elif (where := _where(chosen, gone, there)) is not None:
             changed: dict[str, Any] = {"where": where} if "where" in figure.parameters else {}
             series = figure.parameters.get("series")
             if isinstance(series, Mapping):
@@ -50,10 +52,10 @@ def cut(grid: Grid, gone: Labels, cells: Iterable[Mapping[str, str]]) -> Grid:
     return grid.model_copy(update={"tables": tables, "figures": figures})
 
 
-def _where(where: Any, gone: Labels, cells: Iterable[Mapping[str, str]]) -> dict[str, Any] | None:
+def _where(
+    where: Mapping[str, Any], gone: Labels, cells: Iterable[Mapping[str, str]]
+) -> dict[str, Any] | None:
     """What a table or figure chooses, less what is gone; None if that leaves nothing to choose."""
-    if not isinstance(where, Mapping):
-        return None
     left: dict[str, Any] = {}
     for column, value in where.items():
         wanted = value if isinstance(value, list) else [value]

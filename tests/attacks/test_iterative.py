@@ -436,15 +436,20 @@ def test_fooled_images_leave_the_batch(lab):
     assert sum(fooled) >= sum(p != y for p, y in zip(final, labels, strict=True))
 
 
+def ended(lab, attack, target, images, labels) -> tuple[list, list[int]]:
+    """What the victim sees in the images that an attack ends with, and how many gradients each took."""
+    oracle = lab.oracle(target, attack, len(images))
+    out = attack.run(oracle, images, labels, lab.rng(len(images)))
+    return target.predict(out), [trace.backwards for trace in oracle.traces]
+
+
 def test_targeted_images_leave_at_their_target(lab):
     target = lab.Classifier(lab.convnet(), 5, one_by_one=True)
     images, _ = lab.batch(12)
     wrong = [(p + 1) % 5 for p in target.predict(images)]
     params = {"eps": "1/4", "alpha": "1/100", "steps": 25, "target": "random", "stop_when_fooled": True}
     attack = ATTACKS.create("bim", params)
-    oracle = lab.oracle(target, attack, 12)
-    predicted = target.predict(attack.run(oracle, images, wrong, lab.rng(12)))
-    taken = [trace.backwards for trace in oracle.traces]
+    predicted, taken = ended(lab, attack, target, images, wrong)
     assert len(set(taken)) > 1
     for p, t, steps in zip(predicted, wrong, taken, strict=True):
         assert p == t or steps == 25
@@ -456,9 +461,7 @@ def test_restarts_are_for_images_that_were_not_fooled(lab):
     labels = target.predict(images)
     params = {"eps": "1/8", "alpha": "1/100", "steps": 10, "restarts": 3, "stop_when_fooled": True}
     attack = ATTACKS.create("pgd", params)
-    oracle = lab.oracle(target, attack, 12)
-    predicted = target.predict(attack.run(oracle, images, labels, lab.rng(12)))
-    taken = [trace.backwards for trace in oracle.traces]
+    predicted, taken = ended(lab, attack, target, images, labels)
     for p, y, steps in zip(predicted, labels, taken, strict=True):
         assert p != y or steps == attack.passes()
     # One that the first run fools takes part in no other: at most its steps and the look at the last.
@@ -487,9 +490,7 @@ def test_diverse_images_leave_by_their_own_class(lab):
     params = {"eps": "1/4", "alpha": "1/100", "steps": 25, "di_prob": 0.5, "stop_when_fooled": True}
     attack = ATTACKS.create("iterative", params)
     assert attack.needs == {"gradient", "decision"}
-    oracle = lab.oracle(target, attack, 12)
-    predicted = target.predict(attack.run(oracle, images, labels, lab.rng(12)))
-    taken = [trace.backwards for trace in oracle.traces]
+    predicted, taken = ended(lab, attack, target, images, labels)
     assert len(set(taken)) > 1
     for p, y, steps in zip(predicted, labels, taken, strict=True):
         assert p != y or steps == 25
