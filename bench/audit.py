@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,9 +33,9 @@ from bench.checks import (
     undefended,
     undone_by_noise,
 )
-from bench.errors import BenchError, DataError, GridError, NotApplicable, unknown
+from bench.errors import BenchError, NotApplicable
 from bench.frame import cell_metrics, findings, load_rows, summarise
-from bench.grid import GRIDS, read_yaml
+from bench.grid import GRIDS
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Craft, Plan, reference_of
 from bench.protocols import Attack, Defense, Geometry, ImageRNG, TargetModel
@@ -45,6 +44,7 @@ from bench.runner import broken, cell_record, not_applicable
 from bench.stats import paired_scores
 from bench.store import Store
 from bench.threat import ModelOracle, Victim
+from bench.written import Written
 
 IMAGES = {"classification": 100, "segmentation": 24, "detection": 20}
 """Images of the extra cells, by task."""
@@ -474,8 +474,8 @@ class Audit:
 
     @property
     def sound(self) -> bool:
-        """Nothing is suspect and nothing was stopped."""
-        return not self.suspect and not self.stopped
+        """Every cell has run, nothing is suspect and nothing was stopped."""
+        return not (self.suspect or self.stopped or self.waiting)
 
     def flags(self, *names: str) -> set[str]:
         """Flags of the cells whose label holds all `names`, notes included."""
@@ -583,25 +583,38 @@ def report(result: Audit, plan: Plan, store: Store) -> list[str]:
     return lines
 
 
-def marked(folder: Path) -> tuple[list[str], bool]:
-    """What the rows of committed results are marked with, as lines of text, and whether all is sound. Needs no store.
+def audit_written(
+    written: Written, behind: tuple[Plan, Store] | str, images: int = 0
+) -> tuple[list[str], bool]:
+    """The audit of written results as lines of text, and whether all is sound.
+
+    They are judged from stored rows where the store has those of every cell, and else shown as they are marked: what
+    other grids have left in a store says little of these.
 
     Args:
-        folder: of results, with the `results.csv` that `run` wrote.
-
-    Raises:
-        DataError: there is no such file, or it is none of ours.
-        GridError: no shipped grid has the folder's name.
+        written: a folder of results.
+        behind: the plan and store of its rows, or why they are not to be had (`Written.behind`).
+        images: see `extras`.
     """
-    given = str(_here(grid_of(folder)))
-    path = folder / "results.csv"
-    columns = "role defense attack level level_label model cell status reason flags".split()
+    if isinstance(behind, str):
+        return _marked(written, behind)
+    plan, store = behind
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: expected the rows that `bench run` wrote ({reason})") from None
-    rows = frame[frame["cell"] != ""].drop_duplicates("cell").to_dict("records")
+        result = audit(plan, store, images)
+    except BenchError as error:
+        return _marked(written, str(error))
+    if result.waiting:
+        return _marked(written, f"{len(result.waiting)} of its cells are not in {_here(store.root)}")
+    return report(result, plan, store), result.sound
+
+
+def _marked(written: Written, why: str) -> tuple[list[str], bool]:
+    """What the rows are marked with, and whether all is sound. `why`: they are not judged anew."""
+    lines = written.lines
+    given = (
+        f"{lines['grid'].iloc[0]}.yaml" if written.path is None else str(_here(GRIDS.parent / written.path))
+    )
+    rows = lines[lines["cell"] != ""].drop_duplicates("cell").to_dict("records")
     suspect: list[str] = []
     stopped: list[str] = []
     for row in rows:
@@ -609,23 +622,25 @@ def marked(folder: Path) -> tuple[list[str], bool]:
         label = " / ".join(dict.fromkeys(words)) + f"  [{row['cell'][:12]}]"
         if row["status"] == "error":
             stopped += ["", f"STOPPED  {label}", f"  {row['reason']}"]
-        found = [FLAGS[name] for name in row["flags"].split(";") if name in FLAGS]
-        if any(flag.level == "flag" for flag in found):
+        found = [(name, FLAGS[name]) for name in row["flags"] if name in FLAGS]
+        if any(flag.level == "flag" for _, flag in found):
             suspect += ["", f"SUSPECT  {label}"]
-            for name, flag in zip(row["flags"].split(";"), found, strict=True):
+            for name, flag in found:
                 suspect += [f"  {flag.check} {name}: {flag.text}"]
                 suspect += [
                     f"      next: {_filled(flag.next, row['level'], row['model'], row['cell'], given)}"
                 ]
     count = sum(line.startswith("SUSPECT") for line in suspect)
+    waiting = sum(row["status"] in ("pending", "partial") for row in rows)
     head = [
-        f"{folder}: {len(rows)} cells, {count} suspect, {sum(line.startswith('STOPPED') for line in stopped)} stopped "
-        "by a hard check",
-        "As their rows are marked: there is no store here to judge them from anew.",
+        f"{written.folder}: {len(rows)} cells, {count} suspect, "
+        f"{sum(line.startswith('STOPPED') for line in stopped)} stopped by a hard check, {waiting} not run",
+        f"As their rows are marked, not judged anew: {why}.",
     ]
-    if (folder / "audit.txt").is_file():
-        head.append(f"What each check measured: {folder / 'audit.txt'}")
-    return [*head, *stopped, *suspect], not stopped and not suspect
+    report = written.folder / "audit.txt"
+    if report.is_file():
+        head.append(f"What each check measured: {report}")
+    return [*head, *stopped, *suspect], not (stopped or suspect or waiting)
 
 
 def _next(text: str, cell: Cell, given: str) -> str:
@@ -648,18 +663,3 @@ def _given(plan: Plan, store: Store) -> str:
 def _here(path: Path) -> Path:
     """A path as seen from the working directory: the same text on every machine."""
     return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
-
-
-def grid_of(what: Path) -> Path:
-    """The grid file meant by a grid file or by a folder of results, results/NAME.
-
-    Raises:
-        GridError: no shipped grid has that name.
-    """
-    if what.suffix in (".yaml", ".yml"):
-        return what
-    named = {str(read_yaml(path).get("name", "")): path for path in sorted(GRIDS.rglob("*.yaml"))
-             if "profiles" not in path.parts}  # fmt: skip
-    if what.name not in named:
-        raise GridError(unknown("grid of results", what.name, named))
-    return named[what.name]

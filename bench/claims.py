@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "FIELD",
     "VERDICTS",
     "Claim",
     "Compared",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 VERDICTS = ("holds", "fails", "undecided", "not run")
+FIELD = "field"
+"""In place of a paper: what the whole field holds of attacks and purifiers."""
 KINDS = ("order", "drop", "bound", "sign")
 Selector = Mapping[str, Sequence[Any]]
 
@@ -86,8 +89,8 @@ class Claim:
     """One conclusion of a paper. Thresholds are in points (percent) for metrics in percent.
 
     Attributes:
-        id: PAPER.NAME.
-        statement: what is claimed, in our words; `section` says where.
+        id: PAPER.NAME, or `FIELD`.NAME.
+        statement: what is claimed, in our words; `section` says where in the paper.
         kind: order: `first` is better than `second`, by more than `margin`. drop: the value falls from `second` to
             `first` by at least / at most / to within so much; `relative`: in percent of `second`. bound: the value of
             `where` is at least / at most so much. sign: `first` minus `second` is positive / negative.
@@ -107,9 +110,9 @@ class Claim:
 
     id: str
     paper: str
-    section: str
     statement: str
     kind: Literal["order", "drop", "bound", "sign"]
+    section: str = ""
     tables: Sequence[str] = ()
     figures: Sequence[str] = ()
     where: Selector = field(default_factory=dict)
@@ -150,18 +153,18 @@ def _book() -> dict[str, Any]:
 
 
 def load_claims(papers: Iterable[str] = PAPERS) -> list[Claim]:
-    """The shipped claims of some papers, in their order.
+    """The shipped claims of some papers, in their order, and those of `FIELD` if asked for.
 
     Raises:
         GridError: no such paper.
     """
     wanted = list(papers)
     for paper in wanted:
-        if paper not in PAPERS:
-            raise GridError(unknown("paper", paper, PAPERS))
+        if paper not in (*PAPERS, FIELD):
+            raise GridError(unknown("paper", paper, (*PAPERS, FIELD)))
     return [
         Claim(id=f"{paper}.{name}", paper=paper, **spec)
-        for paper, own in _book()["claims"].items()
+        for paper, own in {**_book()["claims"], FIELD: _book()[FIELD]}.items()
         for name, spec in own.items()
         if paper in wanted
     ]
@@ -670,7 +673,7 @@ def _row(claim: Claim, lines: Sequence[_Line], pair: Pair | None, reference: boo
         if not any(line.is_a(facet, name) for line in used or lines)
     ]
     verdict, reason = _verdict(claim, judged, missing, reference)
-    sized = claim.kind in ("drop", "bound") or claim.margin != 0
+    sized = claim.paper != FIELD and (claim.kind in ("drop", "bound") or claim.margin != 0)
     if judged and sized and any(line.key.get("profile") not in ("", "paper") for line in used):
         # Order and sign carry over to other data and models; sizes need not.
         reason = "; ".join(filter(None, [reason, "the threshold is the paper's, on other data"]))
@@ -743,7 +746,8 @@ def render_claims(result: pd.DataFrame, format: str = "markdown", own: pd.DataFr
         heads.insert(2, "on the paper's numbers")
     rows = []
     for index, line in enumerate(result.to_dict("records")):
-        statement = f"{line['statement']} ({line['section']})" + (
+        section = f" ({line['section']})" if line["section"] else ""
+        statement = f"{line['statement']}{section}" + (
             f"; read as: {line['reading']}" if line["reading"] else ""
         )
         count = f"{line['held']} of {line['compared']}" if line["compared"] else ""
@@ -774,16 +778,29 @@ def _short(value: float) -> str:
 
 
 def claims_command(
+    what: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RESULTS]...",
+            help="Written results that count, results/NAME or results/papers; need no store.",
+            show_default=False,
+        ),
+    ] = None,
     grid: Annotated[
         list[Path] | None,
         typer.Option("--grid", "-g", help="Grid files whose results count; default: grids/papers."),
     ] = None,
     paper: Annotated[
-        list[str] | None, typer.Option("--paper", help=f"{', '.join(PAPERS)}; default: all.")
+        list[str] | None,
+        typer.Option(
+            "--paper", help=f"{', '.join(PAPERS)}, or {FIELD}: what all build on; default: the four."
+        ),
     ] = None,
     reference: Annotated[
         bool,
-        typer.Option("--reference", help="Test the claims on the papers' own numbers; with --grid, on both."),
+        typer.Option(
+            "--reference", help="Test the claims on the papers' own numbers; beside results, on both."
+        ),
     ] = False,
     profile: Annotated[str | None, typer.Option(help="Profile that binds roles to data and weights.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the grids'.")] = None,
@@ -804,17 +821,44 @@ def claims_command(
         Path | None, typer.Option("--output", "-o", help="File to write; default: print.")
     ] = None,
 ) -> None:
-    """Which of the papers' conclusions hold on stored results; runs nothing."""
+    """Which of the papers' conclusions hold on stored or written results; runs nothing.
+
+    Stored rows are compared image by image; of written ones there are the intervals, so that less can be decided.
+    """
+    from bench.written import check_alone
+
     claims = load_claims(paper or PAPERS)
     if format not in _FORMATS:
         raise GridError(f"--format: {unknown('format', format, _FORMATS)}")
-    own = evaluate(claims, reference_frame(paper or PAPERS), reference=True) if reference else None
-    if own is not None and not grid:
+    own = None
+    if reference:
+        own = evaluate(claims, reference_frame([p for p in paper or PAPERS if p != FIELD]), reference=True)
+    if what:
+        if grid:
+            raise GridError("give either results/NAME or --grid FILE")
+        check_alone(what[0], profile, seed, limit, without)
+        text = render_claims(evaluate(claims, _written(what)), format, own)
+    elif own is not None and not grid:
         text = render_claims(own, format)
     else:
         frame, pair = _results(grid, profile, seed, limit, without, plugin, store)
         text = render_claims(evaluate(claims, frame, pair), format, own)
     write_text(text, output)
+
+
+def _written(folders: Sequence[Path]) -> pd.DataFrame:
+    """The lines of written results, one below the other; a folder may hold several."""
+    import pandas as pd
+
+    from bench.written import read_results
+
+    inside = {folder: sorted(path.parent for path in folder.glob("*/results.csv")) for folder in folders}
+    found = [
+        one
+        for folder in folders
+        for one in ([folder] if (folder / "results.csv").is_file() else inside[folder] or [folder])
+    ]
+    return pd.concat([read_results(one) for one in found], ignore_index=True)
 
 
 def _results(
@@ -830,7 +874,7 @@ def _results(
     from bench.plan import can_be_left_out
     from bench.store import check_store
 
-    check_store(store, instead="results/papers/claims.md, and `python -m bench claims --reference`")
+    check_store(store, instead="`python -m bench claims results/papers`, and `claims --reference`")
     chosen = list(grids) if grids else sorted((GRIDS / "papers").glob("*.yaml"))
     labels = {path: can_be_left_out(load_grid(path)) for path in chosen}
     for name in without:

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -31,7 +31,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bench.claims import claims_command
-from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, unknown
+from bench.errors import BenchError, GridError, MissingCheckpoint, NotApplicable, StoreError, unknown
 from bench.files import check_folder, save, write_text
 from bench.paper import paper_app
 from bench.report import report_command
@@ -241,7 +241,11 @@ def run(
         _draw(plan, opened, folder, devices[0], None, quiet)
     if audit:
         _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
-        _report(plan, opened, audit_images)
+        from bench.audit import audit as judge
+        from bench.audit import report
+
+        for line in report(judge(plan, opened, audit_images), plan, opened):
+            out.print(escape(line))
     if failed:
         raise typer.Exit(1 if display.bugs else 2)
 
@@ -272,16 +276,6 @@ def _run_extras(
         )  # fmt: skip
 
 
-def _report(plan: Plan, opened: Store, images: int) -> bool:
-    """Print the audit; whether all is sound."""
-    from bench.audit import audit, report
-
-    result = audit(plan, opened, images)
-    for line in report(result, plan, opened):
-        out.print(escape(line))
-    return result.sound
-
-
 @app.command("audit")
 def audit_command(
     what: Annotated[
@@ -303,27 +297,36 @@ def audit_command(
     plugin: PluginOption = [],  # noqa: B006
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Say which stored results are suspect, why, and what to run next. Exit code 0: all sound, 1: something suspect.
+    """Say which results are suspect, why, and what to run next.
 
-    Of results/NAME without a store it says what the rows are marked with.
+    Those of results/NAME are judged from their stored rows; where the store lacks any, they are shown as marked.
+    Exit code 0: every cell has run and is sound; 1: some are suspect, stopped or not run.
     """
-    from bench.audit import grid_of, marked
+    from bench.audit import audit, audit_written, report
+    from bench.written import Written, check_alone
 
     if (what is None) == (grid is None):
         raise GridError("give either results/NAME or a grid file")
-    if what is not None and what.is_dir() and not costly and store == DEFAULT_STORE and not store.exists():
-        lines, sound = marked(what)
-        for line in lines:
-            out.print(escape(line))
-        if not sound:
-            raise typer.Exit(1)
-        return
-    path = grid_of(what) if what is not None else grid
-    assert path is not None
-    plan, opened = _open(_options(path, profile, seed, limit, plugin, store, without=without), store)
-    if costly:
-        _run_extras(plan, opened, store, _devices(device), workers, images, quiet)
-    if not _report(plan, opened, images):
+    if what is not None and what.suffix not in (".yaml", ".yml"):
+        check_alone(what, profile, seed, limit, without)
+        written = Written(what)
+        behind = written.behind(store, tuple(map(str, plugin)))
+        if costly:
+            if isinstance(behind, str):
+                raise StoreError(f"--costly: {behind}")
+            _run_extras(*behind, store, _devices(device), workers, images, quiet)
+        lines, sound = audit_written(written, behind, images)
+    else:
+        path = grid if what is None else what
+        assert path is not None
+        plan, opened = _open(_options(path, profile, seed, limit, plugin, store, without=without), store)
+        if costly:
+            _run_extras(plan, opened, store, _devices(device), workers, images, quiet)
+        result = audit(plan, opened, images)
+        lines, sound = report(result, plan, opened), result.sound
+    for line in lines:
+        out.print(escape(line))
+    if not sound:
         raise typer.Exit(1)
 
 
@@ -675,7 +678,11 @@ def plan_command(
 
 @app.command()
 def table(
-    grid: GridOption,
+    what: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RESULTS]", help="Written results, results/NAME; needs no store."),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option("--grid", "-g", help="Grid file (YAML).")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Only this table.")] = None,
     format: Annotated[
         str, typer.Option("--format", "-f", help="markdown, csv, latex, html or parquet.")
@@ -693,46 +700,60 @@ def table(
     store: StoreOption = DEFAULT_STORE,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
-    """Print a grid's tables from stored results, in another format if asked; runs nothing.
+    """Print a grid's tables from stored or written results, in another format if asked; runs nothing.
 
     `csv` is the pivot, `parquet` the whole long frame with parameters, weights, counts and seconds. `--compare paper`
     prints measured, paper's and difference for every cell; on other data than the paper's, order and sign.
     """
     from bench.frame import cell_frame
     from bench.tables import FORMATS, parquet, render
+    from bench.written import Written, check_alone, grid_order
 
     if format not in FORMATS:
         raise GridError(f"--format: {unknown('format', format, FORMATS)}")
     if format == "parquet" and output is None:
         raise GridError("--format parquet needs --output FILE")
-    options = _options(grid, profile, seed, limit, plugin, store, without=without)
-    plan, opened = _open(options, store, instead=_comparison if compare == "paper" else None)
-    _check_tables(plan)
-    specs = plan.grid.tables
+    if (what is None) == (grid is None):
+        raise GridError("give either results/NAME or --grid FILE")
+    if what is not None:
+        check_alone(what, profile, seed, limit, without)
+        written = Written(what)
+        path, named = written.shipped()
+        frame, specs, orders, left_out = written.lines, named.tables, grid_order(written.lines), None
+    else:
+        assert grid is not None
+        options = _options(grid, profile, seed, limit, plugin, store, without=without)
+        plan, opened = _open(options, store, instead=_comparison if compare == "paper" else None)
+        _check_tables(plan)
+        frame, specs, orders, left_out = cell_frame(plan, opened), plan.grid.tables, None, plan.left_out
+        path = grid
     if name is not None:
+        known = [spec.name for spec in specs]
         specs = [spec for spec in specs if spec.name == name]
         if not specs:
-            raise GridError(f"--name: {unknown('table', name, (s.name for s in plan.grid.tables))}")
-    frame = cell_frame(plan, opened)
+            raise GridError(f"--name: {unknown('table', name, known)}")
     if compare is not None:
-        write_text(_compared(plan, frame, specs, compare, format), output)
+        write_text(_compared(path, frame, specs, left_out, compare, format), output)
         return
     if format == "parquet":
         assert output is not None
         save(output, parquet(frame))
         return
-    write_text("\n\n".join(render(frame, spec, format) for spec in specs) + "\n", output)
+    write_text("\n\n".join(render(frame, spec, format, orders) for spec in specs) + "\n", output)
 
 
 def _comparison(plan: Plan) -> str:
-    """The comparison with the paper that is shipped for a grid, and "" where none is."""
+    """The command that compares the results shipped for a grid with the paper, and "" where there are none."""
     from bench.grid import GRIDS, results_folder
 
-    path = results_folder(plan.options.grid, plan.grid) / "compare.md"
-    return path.as_posix() if (GRIDS.parent / path).is_file() else ""
+    folder = results_folder(plan.options.grid, plan.grid)
+    shipped = (GRIDS.parent / folder / "compare.md").is_file()
+    return f"`python -m bench table {folder.as_posix()} --compare paper`" if shipped else ""
 
 
-def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, format: str) -> str:
+def _compared(
+    path: Path, frame: Any, specs: Sequence[Any], left_out: Any, with_what: str, format: str
+) -> str:
     from bench.paper import compare, comparison_markdown
     from bench.tables import selected
 
@@ -742,10 +763,13 @@ def _compared(plan: Plan, frame: Any, specs: Sequence[Any], with_what: str, form
         raise GridError(f"--compare prints markdown or csv, not {format}")
     chosen = [spec for spec in specs if spec.paper is not None]
     if not chosen:
-        raise GridError(f"{plan.options.grid}: no table says which printed one it repeats (key `paper`)")
+        raise GridError(f"{path}: no table says which printed one it repeats (key `paper`)")
     parts = []
     for spec in chosen:
-        compared = compare(selected(frame, spec), spec.paper, plan.left_out)
+        # Written lines have what ran: labels of blocks that did not were checked when it did.
+        mapped = {key: own for key, own in spec.paper.items() if isinstance(own, Mapping)}
+        absent = mapped if left_out is None else left_out
+        compared = compare(selected(frame, spec), spec.paper, absent)
         text = compared.to_csv(index=False) if format == "csv" else comparison_markdown(compared)
         parts.append(text if format == "csv" else f"### {spec.title or spec.name}\n\n{text}")
     return "\n\n".join(parts) + "\n"

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.errors import GridError, StoreError, unknown
+from bench.errors import GridError, StoreError
 from bench.files import save
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from bench.grid import Grid
     from bench.plan import Plan
-    from bench.report.page import Source
     from bench.store import Store
 
-LOG = logging.getLogger(__name__)
 PAGE = "report.html"
 PLOTS = "plots"
 STORE = Path(".bench")
@@ -72,6 +67,7 @@ def report_command(
     from bench.report.page import Pictures, Source, render_page
     from bench.report.plots import make_plots
     from bench.store import check_store
+    from bench.written import Written, plain
 
     versions: dict[str, str] = {}
     plugins = tuple(str(_from_root(p)) for p in plugin)
@@ -82,7 +78,7 @@ def report_command(
         from bench.report.pictures import versions_of
 
         plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
-        lines = _plain(cell_frame(plan, opened).drop(columns=list(VOLATILE)))
+        lines = plain(cell_frame(plan, opened).drop(columns=list(VOLATILE)))
         if not (lines["n"] > 0).any():
             raise StoreError(f"store {store} holds no results of {grid}: run the grid first")
         versions = versions_of(plan, opened)
@@ -93,11 +89,11 @@ def report_command(
         )
         target = out_dir or folder or results_folder(grid, plan.grid)
     elif folder is not None:
-        lines = read_results(folder)
-        path, found = _grid_of(str(lines["grid"].iloc[0]))
-        source = Source(path, found, None, _limit(lines, found), plugins, _store_option(store))
+        written = Written(folder)
+        lines = written.lines
+        source = Source(written.path, written.grid, None, written.limit, plugins, _store_option(store))
         target = out_dir or folder
-        stored = _stored(source, lines, store) if pictures else ""
+        stored = written.behind(store, plugins) if pictures else ""
     else:
         raise GridError("give a folder of results, such as results/table1, or --grid FILE")
 
@@ -118,29 +114,6 @@ def report_command(
     typer.echo(
         f"wrote {target / PAGE} ({len(page.encode()) / 1000:,.0f} kB) and {len(plots)} plots", err=True
     )
-
-
-def _stored(source: Source, lines: pd.DataFrame, store: Path) -> tuple[Plan, Store] | str:
-    """The plan behind written lines and the store of its images, or why they are not to be had."""
-    from bench.cli import _open, _options
-    from bench.errors import BenchError
-    from bench.grid import GRIDS, load_profile
-
-    if source.path is None or source.grid is None:
-        return "the grid of these results is not among the shipped ones"
-    if not store.is_dir():
-        return f"there is no store {store}"
-    seeds = sorted(set(map(int, lines["seed"])))
-    profile: str | None = str(lines["profile"].iloc[0])
-    try:
-        if load_profile(source.grid.profile)[0].name == profile:
-            profile = None  # the grid's own, which may be a path
-        path, seed = GRIDS.parent / source.path, seeds[0] if len(seeds) == 1 else None
-        return _open(
-            _options(path, profile, seed, source.limit, list(map(Path, source.plugins)), store), store
-        )
-    except BenchError as error:
-        return str(error)
 
 
 def _from_root(path: Path) -> Path:
@@ -164,73 +137,3 @@ def _profile_option(given: str | None, grid: Grid) -> str:
     if Path(name).suffix not in (".yaml", ".yml"):
         return name
     return "" if given is None else str(_from_root(Path(given)))
-
-
-def read_results(folder: Path) -> pd.DataFrame:
-    """The lines in `folder`/results.csv.
-
-    Raises:
-        StoreError: no such folder or file, or no lines in it.
-    """
-    from bench.report.page import STATUS
-    from bench.tables import LEVELS, read_long
-
-    path = folder / "results.csv"
-    if not path.is_file():
-        found = unknown("folder of results", folder.as_posix(), _folders_near(folder))
-        why = f"{folder} has no results.csv: " if folder.is_dir() else f"{folder} is a file: "
-        raise StoreError((why if folder.exists() else "") + found)
-    lines = read_long(path)
-    if not len(lines):
-        raise StoreError(f"{path} has no lines")
-    for column, known in (("level", LEVELS), ("status", STATUS)):
-        for value in set(lines[column]) - set(known):
-            raise StoreError(f"{path}: {unknown(column, value, known)}")
-    return lines
-
-
-def _folders_near(folder: Path) -> list[str]:
-    """Folders with results inside `folder` and beside it; where there are none, those of results/."""
-    for place in (folder, folder.parent, Path("results")):
-        found = [
-            p.parent.as_posix() for p in (*place.glob("*/results.csv"), *place.glob("papers/*/results.csv"))
-        ]
-        if found:
-            return found
-    return []
-
-
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without ordered categories: as a file of results is read."""
-    return frame.astype(dict.fromkeys(frame.select_dtypes("category"), object))
-
-
-def _grid_of(name: str) -> tuple[Path | None, Grid | None]:
-    """The shipped grid file of this name; (None, None) when there is none."""
-    from bench.errors import BenchError
-    from bench.grid import GRIDS, load_grid, read_yaml
-
-    for path in sorted(GRIDS.rglob("*.yaml")):
-        if "profiles" in path.relative_to(GRIDS).parts:
-            continue
-        try:
-            if read_yaml(path).get("name") == name:
-                return path.relative_to(GRIDS.parent), load_grid(path)
-        except BenchError as error:
-            LOG.warning("grid file skipped: %s", error)
-    return None, None
-
-
-def _limit(lines: pd.DataFrame, grid: Grid | None) -> int | None:
-    """The --limit that gives the images of `lines`, None when the grid's own numbers do.
-
-    The largest number of images of any role is such a limit: the other roles have no more, for reasons of their own.
-    """
-    largest = int(lines["n_total"].max())
-    if grid is None:
-        return largest
-    for _, line in lines.drop_duplicates("role").iterrows():
-        asked = grid.images.get(str(line["role"]), grid.images.get(str(line["task"])))
-        if asked is None or int(line["n_total"]) < asked:
-            return largest
-    return None

@@ -21,6 +21,7 @@ from bench.frame import ADAPTIVE, WORST, passes
 from bench.plan import Options
 from bench.report.plots import KNOWING, Plot, parameters, percent
 from bench.tables import LEVELS, Table, TableSpec, build, notes
+from bench.written import STATUS, grid_order
 
 if TYPE_CHECKING:
     from bench.grid import Grid
@@ -37,8 +38,6 @@ MEANINGS = {
     "adaptive": "per image the worst over all levels and attacks of the grid: what is left in the end",
 }
 """Threat levels in the order of what the attacker knows, in words."""
-
-STATUS = {"ok": "", "partial": "partly run", "skip": "skipped", "error": "failed", "pending": "not run"}
 
 
 @dataclass(frozen=True)
@@ -333,7 +332,7 @@ def _tables(lines: pd.DataFrame, source: Source) -> list[dict[str, Any]]:
     specs: Sequence[TableSpec] = source.grid.tables if source.grid is not None else ()
     for place, spec in enumerate(specs):
         try:
-            table = build(lines, spec)
+            table = build(lines, spec, grid_order(lines))
         except GridError:
             # Lines of an older grid file of this name may lack what a table asks for.
             continue

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.audit import Audit, _given, _next, _variants, audit, extended, extras, grid_of, report
+from bench.audit import Audit, _given, _next, _variants, audit, extended, extras, report
 from bench.checks import FLAGS
 from bench.cli import main
-from bench.errors import BenchError, GridError
+from bench.errors import BenchError
 from bench.frame import cell_frame
 from bench.grid import GRIDS
 from bench.plan import Options, Plan, make_plan
@@ -283,9 +283,9 @@ def test_the_command_exits_with_1_and_reads_results_folders(
     with pytest.raises(SystemExit) as stopped:
         main(["audit", str(folder / "planted.yaml"), "--store", str(folder / "s")])
     assert stopped.value.code == 1 and "SUSPECT" in capsys.readouterr().out
-    assert grid_of(Path("results/table1")) == ROOT / "grids" / "table1.yaml"
-    with pytest.raises(GridError, match="did you mean 'table1'"):
-        grid_of(Path("results/tabel1"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(ROOT / "results" / "tabel1")])
+    assert stopped.value.code == 2 and "did you mean" in capsys.readouterr().err
 
 
 def test_nothing_run_is_no_pass(folder: Path, plan: Plan) -> None:
@@ -374,8 +374,54 @@ def test_committed_results_are_audited_without_their_store(
         shown, known = (re.findall(rf"^{kind} .*\[(\w+)\]$", text, re.MULTILINE) for text in (out, report))
         assert sorted(shown) == sorted(known)
     assert "      next: " in out and "audit.txt" in out
-    # A store that is named has to be there, and a folder has to hold rows.
-    assert bench("audit", str(folder), "--store", "absent")[0] == 2
+    # So they are where a store is named that is empty or not there.
+    for store in ("absent", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        again, shown, _ = bench("audit", str(folder), "--store", store)
+        assert again == 1 and shown.splitlines()[3:] == out.splitlines()[3:]
     (tmp_path / "audit").mkdir()
     code, _, err = bench("audit", str(tmp_path / "audit"))
     assert code == 2 and "results.csv" in err and "Traceback" not in err
+    code, _, err = bench("audit", str(folder), "--limit", "3")
+    assert (code, err.count("\n")) == (2, 1) and "go with a grid file" in err
+
+
+def test_what_other_grids_left_in_a_store_is_no_audit_of_written_results(
+    folder: Path, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few cells in common say nothing of the others: the marks are shown, until every cell is in the store."""
+    monkeypatch.setattr("bench.grid.GRIDS", tmp_path / "grids")
+    (tmp_path / "grids").mkdir()
+    spec = {
+        **GRID,
+        "name": "mine",
+        "profile": str(folder / "profile.yaml"),
+        "blocks": [
+            {"roles": ["classification"], "defenses": ["none"], "threats": ["oblivious"],
+             "attacks": ["noise", "bim", "descent"]},
+        ],
+    }  # fmt: skip
+    grid = tmp_path / "grids" / "mine.yaml"
+    grid.write_text(yaml.safe_dump(spec))
+    written = tmp_path / "mine"
+    where = ("--store", str(folder / "s"), "--out", str(written))
+    code, _, err = bench("run", "--grid", str(grid), *where, "-q")
+    assert (code, err) == (0, "")
+    # In full: judged from the rows.
+    code, out, _ = bench("audit", str(written), "--store", str(folder / "s"))
+    assert code == 1 and "cells judged, 1 suspect" in out and " 0 not run" in out
+    # In part: as marked, which is suspect all the same.
+    some = {**spec, "blocks": [{**spec["blocks"][0], "attacks": ["noise", "bim"]}]}
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump(some))
+    part = str(tmp_path / "part")
+    elsewhere = ("--store", part, "--out", str(tmp_path / "o"), "-q")
+    assert bench("run", "--grid", str(tmp_path / "some.yaml"), *elsewhere)[0] == 0
+    code, out, _ = bench("audit", str(written), "--store", part)
+    assert code == 1 and "not judged anew: 1 of its cells are not in" in out and out.count("SUSPECT") == 1
+    # A grid file is judged by what has run, and what has not is no pass.
+    code, out, _ = bench("audit", str(tmp_path / "some.yaml"), "--store", part)
+    assert code == 0 and "0 suspect" in out
+    more = {**some, "blocks": [{**spec["blocks"][0], "attacks": ["noise", "bim", "fgsm"]}]}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    code, out, _ = bench("audit", str(tmp_path / "more.yaml"), "--store", part)
+    assert code == 1 and "0 suspect, 0 stopped by a hard check, 1 not run" in out

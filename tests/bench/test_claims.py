@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from bench.claims import (
+    FIELD,
     VERDICTS,
     Claim,
     Pairing,
@@ -365,6 +367,39 @@ def test_command_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert len(text.splitlines()) == 1
 
 
+def test_written_results_need_no_store(finished: Path, bench: Any, tmp_path: Path) -> None:
+    """The same values; intervals without rows are wider, so that less is decided."""
+    where = ("--grid", str(finished / "toy.yaml"), "--store", str(finished / "store"))
+    assert bench("run", *where, "--out", str(tmp_path / "all" / "toy"), "-q")[0] == 0
+    for folder in (tmp_path / "all" / "toy", tmp_path / "all"):
+        code, out, _ = bench("claims", str(folder), "--paper", "field", "-f", "csv")
+        rows = {row["claim"]: row for row in csv.DictReader(io.StringIO(out))}
+        assert code == 0 and list(rows) == [made.id for made in load_claims(["field"])]
+    stored = csv.DictReader(io.StringIO(bench("claims", *where, "--paper", "field", "-f", "csv")[1]))
+    for row in stored:
+        assert {key: rows[row["claim"]][key] for key in ("compared", "missing", "first")} == {
+            key: row[key] for key in ("compared", "missing", "first")
+        }
+    for wrong, said in (
+        ((str(folder), "--limit", "3"), "go with a grid file"),
+        ((str(folder), *where), "give either"),
+        ((str(tmp_path / "al"),), "unknown folder of results"),
+    ):
+        code, _, err = bench("claims", *wrong)
+        assert (code, err.count("\n")) == (2, 1) and said in err
+
+
+def test_what_the_field_holds_is_tested_on_every_attack(bench: Any) -> None:
+    """The committed answers are those of the committed rows, and name all that the grid of attacks has."""
+    code, out, _ = bench("claims", str(GRIDS.parent / "results" / "attacks"), "--paper", "field")
+    assert code == 0 and out == (GRIDS.parent / "results" / "attacks" / "facts.md").read_text(
+        encoding="utf-8"
+    )
+    assert " 0 not run" in out
+    for name in ("oblivious_misleads", "bpda_above_white_box", "noise_undoes_minimal_norm"):
+        assert re.search(rf"field\.{name} +\| holds", out)
+
+
 # -- what counts as what --------------------------------------------------------------------------------------------
 def names(**selectors: list[Any]) -> Claim:
     return claim("bound", where=selectors, first={}, second={}, at_least=0)
@@ -496,7 +531,7 @@ def test_levels_with_other_labels_still_pair() -> None:
 def test_shipped_claims_are_well_formed() -> None:
     from defenses.training.recipe import RECIPES
 
-    made = load_claims()
+    made = load_claims([*PAPERS, FIELD])
     facets = {
         "task",
         "dataset",
@@ -512,14 +547,15 @@ def test_shipped_claims_are_well_formed() -> None:
     }
     assert len({item.id for item in made}) == len(made)
     assert all(8 <= count <= 20 for count in Counter(item.paper for item in made).values())
-    assert {item.paper for item in made} == set(PAPERS)
+    assert {item.paper for item in made} == {*PAPERS, FIELD}
+    assert {item.paper for item in load_claims()} == set(PAPERS)
     for item in made:
         assert item.kind in ("order", "drop", "bound", "sign")
         assert {f"{item.paper}/{table}" for table in item.tables} <= set(table_ids())
         for selector in (item.where, item.first, item.second, item.reference, item.ours):
             assert set(selector) <= facets
         # What it looks at exists, and so do the roles and sources it chooses there.
-        if item.rerun:
+        if item.rerun and item.paper != FIELD:
             assert item.grids
             text = "".join(
                 (GRIDS / "papers" / f"{name}.yaml").read_text(encoding="utf-8") for name in item.grids
@@ -529,7 +565,7 @@ def test_shipped_claims_are_well_formed() -> None:
         assert bool(item.first and item.second) == (item.kind != "bound")
         limits = [item.at_least, item.at_most, item.within]
         assert sum(limit is not None for limit in limits) == (item.kind in ("drop", "bound"))
-        assert item.statement and item.section
+        assert item.statement and bool(item.section) == (item.paper != FIELD)
         assert "metric" in item.where
     book = yaml.safe_load((ROOT / "claims.yaml").read_text(encoding="utf-8"))
     for patterns in book["names"]["defenses"].values():

@@ -233,7 +233,7 @@ def test_plots_hold_the_numbers(folder: Path) -> None:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    from bench.report.command import read_results
+    from bench.written import read_results
 
     return read_results(folder)
 

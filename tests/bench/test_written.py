@@ -1,0 +1,61 @@
+"""Results read back from their folders: committed tables and comparisons come out of committed rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench.grid import GRIDS
+from bench.tables import render
+from bench.written import Written, grid_order
+from tests.bench.test_run import GRID
+
+RESULTS = GRIDS.parent / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.csv"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(RESULTS).as_posix())
+def test_committed_tables_come_out_of_committed_rows(folder: Path) -> None:
+    written = Written(folder)
+    _, grid = written.shipped()
+    assert grid.tables or grid.figures
+    for spec in grid.tables:
+        text = render(written.lines, spec, "markdown", grid_order(written.lines))
+        assert text.strip() == (folder / f"{spec.name}.md").read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize(
+    "page", sorted(RESULTS.glob("papers/*/compare.md")), ids=lambda page: page.parent.name
+)
+def test_committed_comparisons_come_out_of_committed_rows(page: Path, bench: Any) -> None:
+    code, out, err = bench("table", str(page.parent), "--compare", "paper")
+    assert (code, err) == (0, "")
+    assert out.replace("\r", "") == page.read_text(encoding="utf-8")
+
+
+def test_the_command_takes_a_folder_or_a_grid(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = {
+        "roles": ["classification"], "defenses": ["jpeg"], "attacks": ["fgsm"], "threats": ["oblivious"],
+    }  # fmt: skip
+    Path("toy.yaml").write_text(yaml.safe_dump({**GRID, "blocks": [block]}))
+    assert bench("run", "--grid", "toy.yaml", "--out", "out", "-q", "--limit", "4")[0] == 0
+    folder = str(RESULTS / "table1")
+    code, out, _ = bench("table", folder, "--name", "classification")
+    assert code == 0 and out.strip() == (RESULTS / "table1" / "classification.md").read_text().strip()
+    for arguments, said in (
+        ((), "give either results/NAME or --grid FILE"),
+        ((folder, "--grid", "toy.yaml"), "give either results/NAME or --grid FILE"),
+        ((folder, "--seed", "1"), "go with a grid file"),
+        ((folder, "--name", "clasification"), "did you mean 'classification'"),
+        ((str(RESULTS / "tabel1"),), "did you mean"),
+        (("out",), "unknown grid of results"),
+        ((folder, "--compare", "paper"), "no table says which printed one it repeats"),
+    ):
+        code, out, err = bench("table", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err, err
