@@ -17,6 +17,7 @@ import typer
 import yaml
 from pydantic import TypeAdapter
 
+from bench.claims import FIELD
 from bench.cli import app, main
 from bench.grid import Grid, Profile, Threat, load_profile, parse
 from bench.paper import PAPERS, table_ids
@@ -254,7 +255,7 @@ def test_commands_exist(page: Path) -> None:
             assert values["role"] in roles, line
         if chosen.parent is not None and chosen.parent.info_name == "paper" and name == "show":
             assert values["name"] in table_ids(), line
-        assert set(values.get("paper") or ()) <= set(PAPERS), line
+        assert set(values.get("paper") or ()) <= {*PAPERS, FIELD}, line
 
 
 def parsed(arguments: list[str]) -> Any:
