@@ -232,7 +232,7 @@ def likeness(a: Tensor, b: Tensor) -> float | None:
         return None
     a, b = (m.double().flatten() - m.double().mean() for m in (a, b))
     spread = float(a.norm() * b.norm())
-    return float(a @ b) / spread if spread else None
+    return float((a * b).sum()) / spread if spread else None
 
 
 def picture(strips: Sequence[Strip], size: float = 1.9) -> Figure:

@@ -137,7 +137,8 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     Args:
         x, y: (N,).
     """
-    power = float(x @ x)
-    slope = float(x @ y) / power if power else float("nan")
+    # No product of vectors: the order of a BLAS's sums, and so the last digit, depends on the number of threads.
+    power = float((x * x).sum())
+    slope = float((x * y).sum()) / power if power else float("nan")
     spread = float(x.std() * y.std())
     return slope, float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread else float("nan")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -187,6 +190,21 @@ def test_removed_noise(ran: Path) -> None:
     assert slope == pytest.approx(13 / 6) and correlation == pytest.approx(
         np.corrcoef([1, 2, -1], [2, 4, -3])[0, 1]
     )
+
+
+def test_a_fit_has_the_same_digits_with_any_number_of_threads() -> None:
+    code = (
+        "import numpy as np; from bench.figures.noise import fit; "
+        "r = np.random.default_rng(0); x = r.normal(size=300_000); print(*fit(x, 0.5 * x + r.normal(size=300_000)))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": threads},
+        ).stdout
+        for threads in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 def test_neighbours_of_its_class() -> None:
