@@ -193,7 +193,7 @@ class CAFA(_Feature):
     x, where D and its gradient are zero, and never moves; the code starts uniformly in the ball, as here. Steps and
     step size are the code's; the main text gives none. A segmenter is attacked per pixel (`ClassActivationDistance`).
 
-    Limitations: on the embedded classifiers it leaves 63 to 80 % accuracy at 8/255 where PGD leaves none, and neither
+    Limitations: on the embedded classifiers it leaves 63 to 84 % accuracy at 8/255 where PGD leaves none, and neither
     300 steps (68 %), a smaller step (73 %), another start (65 %) nor another layer (73 to 97 %) changes that; its
     gradient agrees with finite differences to eight digits. With w_c held fixed it comes within 10 % of the distance
     PGD reaches, but more of the same class is distance too, and half of PGD's distance is the jump of w_c where the

@@ -336,6 +336,8 @@ class LibraryAttack(Attack):
         )
         self.failed = failed or ("clean" if eps is None else "kept")
         self.returns_clean = self.failed == "clean"
+        # Attacks that look for the nearest adversarial image find it where they stand.
+        self.spares = True
 
     def identity(self) -> dict[str, Any]:
         names = {"art": "adversarial-robustness-toolbox"}

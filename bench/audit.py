@@ -9,6 +9,7 @@ sees the pipeline it is judged on, since only there must more effort do more har
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,13 +35,14 @@ from bench.checks import (
     undone_by_noise,
 )
 from bench.errors import BenchError, NotApplicable
+from bench.files import save
 from bench.frame import cell_metrics, findings, load_rows, summarise
 from bench.grid import GRIDS
 from bench.keys import canonical, content_key
 from bench.plan import Cell, Craft, Plan, reference_of
 from bench.protocols import Attack, Defense, Geometry, ImageRNG, TargetModel
 from bench.registry import ATTACKS, DEFENSES
-from bench.runner import broken, cell_record, not_applicable
+from bench.runner import broken, cell_record, not_applicable, verified_path
 from bench.stats import paired_scores
 from bench.store import Store
 from bench.threat import ModelOracle, Victim
@@ -448,6 +450,42 @@ def unit_test(attack: Attack) -> float | None:
     return sum(int(label) != 0 for label in model.predict(out.detach())) / len(images)
 
 
+def unit_findings(attack: Attack | None) -> list[Finding]:
+    """Check V18 of one attack, made once for each in a process."""
+    if attack is None or not by_gradient(attack):
+        return []
+    name = canonical(attack.identity())
+    if name not in _SHARES:
+        _SHARES[name] = unit_test(attack)
+    share = _SHARES[name]
+    if share is None or share == 1:
+        return []
+    return [Finding("fails-unit-test", f"{100 * share:.0f} % of the images fooled")]
+
+
+_SHARES: dict[str, float | None] = {}
+
+
+# -- what has been audited -------------------------------------------------------------------------------------------
+def note_audited(plan: Plan, store: Store, images: int) -> None:
+    """Note that the costly checks of a plan have been run, so that its rows are marked with what they find."""
+    path = _audited_path(plan, store)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, json.dumps({"images": images}).encode())
+
+
+def audited(plan: Plan, store: Store) -> int | None:
+    """How many images the costly checks of a plan were asked for (see `extras`); None = they have not been run."""
+    try:
+        return int(json.loads(_audited_path(plan, store).read_text(encoding="utf-8"))["images"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _audited_path(plan: Plan, store: Store) -> Path:
+    return verified_path(store, {"check": "audit", "cells": sorted({cell.key for cell in plan.cells})})
+
+
 # -- the report ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Audit:
@@ -457,6 +495,7 @@ class Audit:
         judged: finished cells with their findings; cells that are the same are one.
         stopped: cells that a hard check stopped, and its message.
         waiting: cells that have not run.
+        partial: cells that have run on some of their images only; they are judged on those.
         unchecked: checks that have not been made, and why.
         not_applicable: why some costly or direct checks have no meaning here.
     """
@@ -464,6 +503,7 @@ class Audit:
     judged: list[tuple[Cell, list[Finding]]]
     stopped: list[tuple[Cell, str]]
     waiting: list[Cell]
+    partial: list[Cell]
     unchecked: dict[str, str]
     not_applicable: list[str]
 
@@ -474,8 +514,8 @@ class Audit:
 
     @property
     def sound(self) -> bool:
-        """Every cell has run, nothing is suspect and nothing was stopped."""
-        return not (self.suspect or self.stopped or self.waiting)
+        """Every cell has run on all its images, nothing is suspect and nothing was stopped."""
+        return not (self.suspect or self.stopped or self.waiting or self.partial)
 
     def flags(self, *names: str) -> set[str]:
         """Flags of the cells whose label holds all `names`, notes included."""
@@ -511,20 +551,10 @@ def audit(plan: Plan, store: Store, images: int = 0) -> Audit:
         for key, c in cells.items()
         if key not in judged and key not in not_run and not_applicable(store, c) is None
     ]
+    partial = [cells[key] for key in judged if cell_record(store, cells[key]).missing(cells[key].target.ids)]
     idle = (
         [] if any(by_gradient(c.attack) for c in cells.values()) else ["V3, V18: no attack follows gradients"]
     )
-    shares: dict[str, float | None] = {}
-    for cell in cells.values():
-        if cell.key in judged and cell.attack is not None and by_gradient(cell.attack):
-            name = canonical(cell.attack.identity())
-            if name not in shares:
-                shares[name] = unit_test(cell.attack)
-            share = shares[name]
-            if share is not None and share < 1:
-                judged[cell.key].append(
-                    Finding("fails-unit-test", f"{100 * share:.0f} % of the images fooled")
-                )
     unchecked: dict[str, str] = {}
     possible = extras(plan, images)
     for check in sorted(COSTLY, key=lambda name: int(name[1:])):
@@ -538,11 +568,13 @@ def audit(plan: Plan, store: Store, images: int = 0) -> Audit:
         if count:
             unchecked[check] = f"{COSTLY[check]} ({count} cells)"
     return Audit(
-        [(cells[key], _unique(found)) for key, found in judged.items()], stopped, waiting, unchecked, idle
-    )
+        [(cells[key], unique(found)) for key, found in judged.items()],
+        stopped, waiting, partial, unchecked, idle,
+    )  # fmt: skip
 
 
-def _unique(found: Iterable[Finding]) -> list[Finding]:
+def unique(found: Iterable[Finding]) -> list[Finding]:
+    """One finding a flag, with all details, suspicions first."""
     out: dict[str, Finding] = {}
     for finding in found:
         known = out.get(finding.flag)
@@ -557,6 +589,7 @@ def report(result: Audit, plan: Plan, store: Store) -> list[str]:
     lines = [
         f"{plan.grid.name} on profile {plan.profile}: {len(result.judged)} cells judged, "
         f"{len(result.suspect)} suspect, {len(result.stopped)} stopped by a hard check, {len(result.waiting)} not run"
+        + (f", {len(result.partial)} on some of their images only" if result.partial else "")
     ]
     for cell, reason in result.stopped:
         lines += ["", f"STOPPED  {cell.label}  [{cell.key[:12]}]", f"  {reason}"]
@@ -603,8 +636,9 @@ def audit_written(
         result = audit(plan, store, images)
     except BenchError as error:
         return _marked(written, str(error))
-    if result.waiting:
-        return _marked(written, f"{len(result.waiting)} of its cells are not in {_here(store.root)}")
+    if result.waiting or result.partial:
+        lacking = len(result.waiting) + len(result.partial)
+        return _marked(written, f"{lacking} of its cells are not in {_here(store.root)}, or on fewer images")
     return report(result, plan, store), result.sound
 
 
@@ -614,7 +648,9 @@ def _marked(written: Written, why: str) -> tuple[list[str], bool]:
     given = (
         f"{lines['grid'].iloc[0]}.yaml" if written.path is None else str(_here(GRIDS.parent / written.path))
     )
-    rows = lines[lines["cell"] != ""].drop_duplicates("cell").to_dict("records")
+    rows = (
+        lines[(lines["cell"] != "") & (lines["status"] != "skip")].drop_duplicates("cell").to_dict("records")
+    )
     suspect: list[str] = []
     stopped: list[str] = []
     for row in rows:

@@ -311,6 +311,10 @@ def check_defense(defense: Defense, image: Tensor, rng: ImageRNG) -> None:
         )
 
 
+ENOUGH = 8
+"""Images without which `model_findings` cannot tell whether colours are swapped."""
+
+
 def model_findings(model: TargetModel, name: str, batch: Batch, rng: ImageRNG) -> list[Finding]:
     """Checks V19, V25 and V26 on the images of one batch: the adapter's gradient, colours, boxes, ignored pixels.
 
@@ -407,7 +411,7 @@ def _colours(loss: Callable[[Tensor, Batch], Tensor], batch: Batch, most: int = 
     """V19: on coloured images the model must not do better with red and blue swapped."""
     means = batch.images.flatten(2).mean(2)
     chosen = ((means[:, 0] - means[:, 2]).abs() > 0.02).nonzero()[:, 0].tolist()[:most]
-    if len(chosen) < 8:
+    if len(chosen) < ENOUGH:
         return []
     some = Batch(
         batch.images[chosen], tuple(batch.targets[i] for i in chosen), tuple(batch.ids[i] for i in chosen)
@@ -556,7 +560,7 @@ def craft_findings(
             found.extend(_climb(functools.partial(share, among=right if stops else live)))
     if attack.eps is not None and not attack.returns_clean:
         # One that stops at a success has nothing to do where the pipeline is wrong already.
-        same = share(lambda i: i["linf"] == 0, right if stops else live)
+        same = share(lambda i: i["linf"] == 0, right if stops or attack.spares else live)
         if same > 0.01:
             found.append(Finding("unchanged", f"{_percent(same)} of the images"))
     return found

@@ -838,6 +838,11 @@ def claims_command(
             raise GridError("give either results/NAME or --grid FILE")
         check_alone(what[0], profile, seed, limit, without)
         text = render_claims(evaluate(claims, _written(what)), format, own)
+        if format == "markdown":
+            text += (
+                "\nOf written results: intervals come from those of the tables; paired by image, from a store, "
+                "more is decided.\n"
+            )
     elif own is not None and not grid:
         text = render_claims(own, format)
     else:

@@ -77,7 +77,9 @@ AuditImagesOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out", help="Folder for tables and figures; default results/GRID, where the shipped ones are."
+        "--out",
+        help="Folder for tables and figures; default results/GRID, where the shipped ones are, and results/GRID-limit8 "
+        "and the like for runs that are not as the grid says.",
     ),
 ]
 DEFAULT_STORE = Path(".bench")
@@ -187,7 +189,6 @@ def run(
 ) -> None:
     """Run what a grid lacks, then write and print its tables."""
     from bench.frame import cell_frame
-    from bench.grid import results_folder
     from bench.progress import Display
     from bench.runner import environment, overwrite, pending, run_plan
     from bench.tables import complete, notes
@@ -198,7 +199,7 @@ def run(
         _train_missing(options, store, devices[0])
     plan, opened = _open(options, store, absent=True)
     _check_tables(plan)
-    folder = out_dir or results_folder(plan.options.grid, plan.grid)
+    folder = out_dir or plan.folder()
     check_folder(folder, "--out")
     kept = f"{folder} keeps its complete results" if complete(folder) else ""
     if not resume:
@@ -225,6 +226,8 @@ def run(
             jobs=jobs,
         )
     failed = bool(display.errors)
+    if audit:
+        _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
     frame = cell_frame(plan, opened, display.errors)
     if not (failed and kept):
         _write(plan, frame, folder)
@@ -240,7 +243,6 @@ def run(
     if plan.grid.figures and not failed:
         _draw(plan, opened, folder, devices[0], None, quiet)
     if audit:
-        _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
         from bench.audit import audit as judge
         from bench.audit import report
 
@@ -254,7 +256,7 @@ def _run_extras(
     plan: Plan, opened: Store, store: Path, devices: tuple[str, ...], workers: int, images: int, quiet: bool
 ) -> None:
     """Run the extra cells of the costly checks."""
-    from bench.audit import extended, extras
+    from bench.audit import extended, extras, note_audited
     from bench.progress import Display
     from bench.runner import cell_record, pending, run_plan
 
@@ -274,6 +276,7 @@ def _run_extras(
             whole, opened, display, "processes" if pool else "inprocess",
             workers=workers, devices=devices, jobs=jobs, audit=images,
         )  # fmt: skip
+    note_audited(plan, opened, images)
 
 
 @app.command("audit")
@@ -935,12 +938,10 @@ def figure(
 
     `run` draws them too, after its tables.
     """
-    from bench.grid import results_folder
-
     plan, opened = _open(_options(grid, profile, seed, limit, plugin, store, without=without), store)
     if not plan.grid.figures:
         raise GridError(f"{grid}: no figures (key `figures`)")
-    folder = out_dir or results_folder(plan.options.grid, plan.grid)
+    folder = out_dir or plan.folder()
     check_folder(folder, "--out")
     _draw(plan, opened, folder, _devices(device)[0], names or None)
 

@@ -133,7 +133,7 @@ def cell_frame(plan: Plan, store: Store | None, errors: Mapping[str, str] | None
     """
     errors = errors or {}
     summaries = [_summary(store, cell) for cell in plan.cells]
-    found = {} if store is None else _judged(plan, store, summaries)
+    found = {} if store is None else _all_findings(plan, store, summaries)
     reasons = {cell.key: _skip_reason(store, cell) for cell in plan.cells}
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[str, str, str, str], list[Cell]] = {}
@@ -350,14 +350,31 @@ def _worst_lines(
 
 
 def findings(plan: Plan, store: Store) -> dict[str, list[Finding]]:
-    """What the automatic checks say of a plan's finished cells, notes included: cell key -> findings."""
+    """What the cheap checks say of a plan's finished cells, notes included: cell key -> findings."""
     return _judged(plan, store, [_summary(store, cell) for cell in plan.cells])
+
+
+def _all_findings(
+    plan: Plan, store: Store, summaries: Sequence[Mapping[str, Any] | None]
+) -> dict[str, list[Finding]]:
+    """What is known of the cells, by the costly checks too where they have been made (`bench.audit.note_audited`)."""
+    from bench.audit import audited, extra_findings, extras, unique
+
+    found = _judged(plan, store, summaries)
+    images = audited(plan, store)
+    if images is not None:
+        more, _ = extra_findings([e for e in extras(plan, images) if e.parent.key in found], store)
+        for key, others in more.items():
+            found[key] = unique([*found[key], *others])
+    return found
 
 
 def _judged(
     plan: Plan, store: Store, summaries: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, list[Finding]]:
     """`findings`, from the `_summary` of each cell."""
+    from bench.audit import unit_findings
+
     complete: dict[str, tuple[Cell, Mapping[str, Any]]] = {}
     for cell, summary in zip(plan.cells, summaries, strict=True):
         if summary is not None:
@@ -376,6 +393,7 @@ def _judged(
             *reference_findings(cell, summary["metrics"]),
             *across.get(key, []),
             *noted_findings(store, cell.target),
+            *unit_findings(cell.attack),
         ]
     return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from bench.grid import (
     load_grid,
     load_profile,
     profile_names,
+    results_folder,
     shipped_profiles,
     split_spec,
 )
@@ -161,6 +163,18 @@ class Plan:
     cells: tuple[Cell, ...]
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def folder(self) -> Path:
+        """Where its results go by default: that of the grid, and one beside it for a run that is not as the grid says.
+
+        results/table1-limit8, so that what is shipped or complete is not written over by less or by something else.
+        """
+        own, options = results_folder(self.options.grid, self.grid), self.options
+        changed = [self.profile] if options.profile not in (None, self.grid.profile) else []
+        changed += [f"seed{options.seed}"] if options.seed not in (None, self.grid.seed) else []
+        changed += [f"limit{options.limit}"] if options.limit is not None else []
+        changed += [f"without_{re.sub(r'[^A-Za-z0-9_.]+', '_', label)}" for label in options.without]
+        return own.with_name("-".join([own.name, *changed]))
 
     def crafts(self) -> dict[str, Craft]:
         """Crafts of all cells, by key."""
@@ -560,7 +574,8 @@ class _Planner:
                     for attack_label, attack in attacks:
                         at = f"{where}.threats[{threat_index}]"
                         own = self._own_attack(attack, target)
-                        self._add(target, defense_label, defense, attack_label, own, threat, at)
+                        apart = _has_other_eot(block, threat)
+                        self._add(target, defense_label, defense, attack_label, own, threat, at, apart)
 
     def _check_attack(self, attack: Attack, label: str, target: Target, where: str) -> None:
         if attack.tasks is not None and target.task not in attack.tasks:
@@ -603,6 +618,7 @@ class _Planner:
         attack: Attack | None,
         threat: ThreatSpec | None,
         where: str,
+        with_eot: bool = False,
     ) -> None:
         craft: Craft | None = None
         skip: str | None = None
@@ -626,7 +642,7 @@ class _Planner:
                 defense = placed
         if attack is not None and threat is not None:
             level = threat.level
-            level_label = self._level_label(threat, where)
+            level_label = self._level_label(threat, where, with_eot)
             if skip is None:
                 attack = settled(attack, target.task, self._shared(attack, level, defense))
                 try:
@@ -638,6 +654,7 @@ class _Planner:
         for image_format in self.grid.evaluate.formats:
             identity = (target.role, defense_label, attack_label, level_label, image_format)
             if identity in self.cells:
+                self._check_same(self.cells[identity], craft, where)
                 continue
             repeats = self.grid.evaluate.repeats if defense.stochastic else 1
             payload: dict[str, Any] = {
@@ -666,10 +683,21 @@ class _Planner:
             ):
                 self.orders.setdefault(column, {}).setdefault(value)
 
-    def _level_label(self, threat: ThreatSpec, where: str) -> str:
+    def _check_same(self, known: Cell, craft: Craft | None, where: str) -> None:
+        """Blocks may name a cell twice, but not mean two things by it: the second would never run."""
+        if known.craft is None or craft is None or known.craft.key == craft.key:
+            return
+        how = (
+            f"eot {known.craft.eot}, here {craft.eot}; list both in the threats of one block, and the level says which"
+            if known.craft.eot != craft.eot
+            else "other settings; give one of them a name of its own"
+        )
+        raise GridError(f"{self.source}, {where}: '{known.label}' is in an earlier block with {how}")
+
+    def _level_label(self, threat: ThreatSpec, where: str, with_eot: bool) -> str:
         if threat.surrogate is None:
-            return _shown_level(threat)
-        return _shown_level(threat, self._defense(threat.surrogate, f"{where}.surrogate")[0])
+            return _shown_level(threat, with_eot)
+        return _shown_level(threat, with_eot, self._defense(threat.surrogate, f"{where}.surrogate")[0])
 
     def _craft(
         self,
@@ -772,7 +800,15 @@ def _shown(spec: DefenseSpec) -> str:
     return own or _label(name, params)
 
 
-def _shown_level(threat: ThreatSpec, surrogate: str | None = None) -> str:
+def _has_other_eot(block: Block, threat: ThreatSpec) -> bool:
+    """The block has this level with another number of draws, too, so that its label has to say which."""
+    return any(
+        other.eot != threat.eot and other.model_copy(update={"eot": threat.eot}) == threat
+        for other in block.threats
+    )
+
+
+def _shown_level(threat: ThreatSpec, with_eot: bool, surrogate: str | None = None) -> str:
     """A level and its settings as in tables; `surrogate` is the label of its defense where that has been made."""
     label: str = threat.level
     if threat.sources:
@@ -781,7 +817,7 @@ def _shown_level(threat: ThreatSpec, surrogate: str | None = None) -> str:
         label += f" via seed {threat.surrogate_seed}"
     elif threat.surrogate is not None:
         label += " via " + (surrogate or _shown(threat.surrogate))
-    return label
+    return f"{label} (EOT {threat.eot})" if with_eot else label
 
 
 _COLUMNS: dict[str, Callable[[Block], Iterable[str]]] = {
@@ -789,7 +825,7 @@ _COLUMNS: dict[str, Callable[[Block], Iterable[str]]] = {
     "defense": lambda block: map(_shown, block.defenses),
     "attack": lambda block: map(_shown, block.attacks),
     "level": lambda block: (threat.level for threat in block.threats),
-    "level_label": lambda block: map(_shown_level, block.threats),
+    "level_label": lambda block: (_shown_level(t, _has_other_eot(block, t)) for t in block.threats),
 }
 """Column of the frame -> a block's labels of it."""
 

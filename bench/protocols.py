@@ -566,6 +566,7 @@ class Attack(ABC):
             for small perturbations.
         labelled: it leaves (or seeks) the label it is given; not so where it only leaves the clean image's own output.
         returns_clean: an image it fails on comes back unchanged.
+        spares: an image that is wrong already may come back unchanged.
         averages: it averages its gradients over draws of a stochastic defense by itself.
         also_scores: besides following gradients it searches over scores, so that its success tells nothing of either.
         counts_backwards: rows count its backward passes; not so where it takes gradients by itself instead of asking
@@ -586,6 +587,7 @@ class Attack(ABC):
     monotone: bool = True
     labelled: bool = True
     returns_clean: bool = False
+    spares: bool = False
     averages: bool = False
     also_scores: bool = False
     counts_backwards: bool = True

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bench import __version__
 from bench.checks import (
+    ENOUGH,
     Finding,
     check_adversarials,
     check_defense,
@@ -535,19 +536,23 @@ def _once(path: Path, check: Callable[[], list[Finding]]) -> None:
     _VERIFIED.add(path)
 
 
-def _model_check(target: Target) -> dict[str, Any]:
-    return {"check": "model", "version": 1, "model": target.model.identity(), "data": target.data_identity()}
+def _model_check(target: Target, images: int = ENOUGH) -> dict[str, Any]:
+    """The check on a batch of so many images. Fewer than `ENOUGH` say less: what they pass is to be checked again."""
+    few = {"images": images} if images < ENOUGH else {}
+    return {
+        "check": "model", "version": 1, "model": target.model.identity(), "data": target.data_identity(), **few,
+    }  # fmt: skip
 
 
 def verify_model(store: Store, target: Target, model: TargetModel, batch: Batch) -> None:
-    """Checks V19, V25 and V26 of a model on its first clean batch, once in a store.
+    """Checks V19, V25 and V26 of a model on its first clean batch, once in a store for batches of `ENOUGH` images.
 
     Raises:
         CheckError: see `bench.checks.model_findings`.
     """
     rng = ImageRNG.for_images("model check", batch.ids)
     _once(
-        verified_path(store, _model_check(target)),
+        verified_path(store, _model_check(target, len(batch))),
         lambda: model_findings(model, f"model '{target.model.name}'", batch, rng),
     )
 
@@ -574,12 +579,14 @@ def verify_defense(store: Store, cell: Cell, defense: Any, batch: Batch) -> None
 
 
 def noted_findings(store: Store, target: Target) -> list[Finding]:
-    """What `verify_model` found out about a model."""
-    try:
-        noted = json.loads(verified_path(store, _model_check(target)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [Finding(**entry) for entry in noted]
+    """What `verify_model` found out about a model, on the most images."""
+    for images in range(ENOUGH, 0, -1):
+        try:
+            noted = json.loads(verified_path(store, _model_check(target, images)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return [Finding(**entry) for entry in noted]
+    return []
 
 
 # -- loading --------------------------------------------------------------------------------------------------------

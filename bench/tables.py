@@ -11,9 +11,10 @@ from __future__ import annotations
 import html as html_escape
 import io
 import math
+import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,9 +134,10 @@ def read_long(path: Path) -> pd.DataFrame:
             raise ValueError(f"no column '{missing[0]}'")
         for column, kind in COLUMNS.items():
             if kind is float:
-                raw[column] = pd.Series([float(v) if v else math.nan for v in raw[column]], dtype="float64")
+                filled = _numbers(raw[column], r"|-?(\d+\.?\d*|\d*\.\d+)([eE][-+]?\d+)?|-?inf|nan")
+                raw[column] = pd.Series([float(v) if v else math.nan for v in filled], dtype="float64")
             elif kind is int:
-                raw[column] = raw[column].astype("int64")
+                raw[column] = pd.Series([int(v) for v in _numbers(raw[column], r"-?\d+")], dtype="int64")
             elif kind is bool:
                 raw[column] = raw[column] == "True"
             elif kind is tuple:
@@ -145,6 +147,14 @@ def read_long(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: not a table of results: {error}") from None
     return raw
+
+
+def _numbers(column: pd.Series, pattern: str) -> Iterator[str]:
+    """The texts of a column, each of which has to be a number."""
+    for place, text in enumerate(column):
+        if re.fullmatch(pattern, str(text)) is None:
+            raise ValueError(f"row {place + 2}, {column.name}: expected a number, found '{text}'")
+        yield str(text)
 
 
 def notes(lines: pd.DataFrame) -> list[str]:

@@ -55,7 +55,9 @@ class Written:
         """
         if self.path is None or self.grid is None:
             name = str(self.lines["grid"].iloc[0])
-            raise GridError(f"{self.folder}: {unknown('grid of results', name, _shipped())}")
+            raise GridError(
+                f"{self.folder}: its grid is not below grids/: {unknown('grid', name, _shipped())}"
+            )
         return self.path, self.grid
 
     def behind(self, store: Path, plugins: tuple[str, ...] = ()) -> tuple[Plan, Store] | str:

@@ -16,7 +16,7 @@ from bench.weights import Weights, apply_state, load_state
 from defenses import _jpeg, _wavelet
 from defenses.networks.edsr import EDSR
 
-HINT = "EDSR-PyTorch publishes edsr_baseline_x2-1bc95232.pt"
+HINT = "EDSR-PyTorch publishes edsr_baseline_x2-1bc95232.pt; put it there, or give its path as `weights`"
 
 
 @DEFENSES.register_module(name="sr")

@@ -73,6 +73,5 @@ def check_wrong(rule: str, labels: np.ndarray, wrong: np.ndarray) -> None:
     """
     if labels.size and np.array_equal(labels, wrong):
         raise GridError(
-            f"target '{rule}': an image has no label but {int(labels.flat[0])} itself; use next or random, "
-            "or leave these images out"
+            f"target '{rule}': an image has no label but {int(labels.flat[0])} itself; use next or random"
         )

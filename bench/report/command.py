@@ -63,7 +63,6 @@ def report_command(
     """Write results as one HTML page that needs nothing else, and its plots as PNG and SVG; runs nothing."""
     from bench.cli import _open, _options
     from bench.frame import VOLATILE, cell_frame
-    from bench.grid import results_folder
     from bench.report.page import Pictures, Source, render_page
     from bench.report.plots import make_plots
     from bench.store import check_store
@@ -87,7 +86,7 @@ def report_command(
         source = Source(
             _from_root(grid), plan.grid, named, limit, plugins, _store_option(store), tuple(without)
         )
-        target = out_dir or folder or results_folder(grid, plan.grid)
+        target = out_dir or folder or plan.folder()
     elif folder is not None:
         written = Written(folder)
         lines = written.lines

@@ -154,10 +154,7 @@ def _levels(part: pd.DataFrame) -> Iterator[Plot]:
     _legend(figure, axes)
     gaps = _gaps(worst, defenses, scale, str(part["unit"].iloc[0]))
     if not worst["level"].isin(KNOWING).any():
-        role, gaps = (
-            f"{role} (no attacker who knows the defense)",
-            "No attacker who knows the defense was tried.",
-        )
+        gaps = "No attacker who knows the defense was tried."
     yield _finish(
         figure, f"levels-{role}", "levels", _titled(role, worst), f"{label} by threat level. {gaps}"
     )
@@ -236,13 +233,18 @@ def _sweeps(main: pd.DataFrame, key: str) -> Iterator[Plot]:
             same,
         )
         groups.setdefault(group, []).append((at, line))
-    named: dict[str, int] = {}
-    for (role, attack, level, _), points in groups.items():
-        series: dict[str, dict[float, Mapping[str, Any]]] = {}
+    sweeps: dict[tuple[str, ...], dict[str, dict[float, Mapping[str, Any]]]] = {}
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for which, points in groups.items():
+        by_defense: dict[str, dict[float, Mapping[str, Any]]] = {}
         for at, point in points:
-            series.setdefault(str(point["defense"]), {}).setdefault(at, point)
-        if max(len(at) for at in series.values()) < 3:
-            continue
+            by_defense.setdefault(str(point["defense"]), {}).setdefault(at, point)
+        if max(map(len, by_defense.values())) >= 3:
+            sweeps[which] = by_defense
+            alike.setdefault(which[:3], []).append(json.loads(which[3]))
+    named: dict[str, int] = {}
+    for (role, attack, level, same), series in sweeps.items():
+        attack += _apart(json.loads(same), alike[role, attack, level])
         part = main[main["role"] == role]
         _, scale, label = _about(part)
         clean = part[part["attack"] == "clean"].set_index("defense")["value"]
@@ -271,6 +273,14 @@ def _sweeps(main: pd.DataFrame, key: str) -> Iterator[Plot]:
         name += f"-{named[name]}" if named[name] > 1 else ""
         title = f"{role}: {attack}, {level}"
         yield _finish(figure, name, "sweep", title, f"{label} against {key}: {'; '.join(words)}.")
+
+
+def _apart(params: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What tells an attack's parameters from those of its namesakes, in words: " (target next)"."""
+    known = dict.fromkeys(name for other in others for name in other)
+    names = [name for name in known if any(other.get(name) != params.get(name) for other in others)]
+    words = [f"no {name}" if params.get(name) is None else f"{name} {params[name]}" for name in names]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _shown(xs: Sequence[float], key: str) -> list[float]:

@@ -82,8 +82,8 @@ class Classification(Task):
         self._number(rule, num_classes)
 
     def check_truth(self, target: Any, num_classes: int) -> None:
-        """The label must be one of the model's classes; data without labels says -1."""
-        label = int(target)
+        """The label must be one of the model's classes; data without labels says -1 or None."""
+        label = -1 if target is None else int(target)
         if label < 0:
             raise ValueError("it has no label: attacks and accuracy need one")
         if label >= num_classes:
@@ -123,8 +123,7 @@ class Classification(Task):
         for label, wrong in zip(labels, chosen, strict=True):
             if wrong == label:
                 raise GridError(
-                    f"target '{rule}': an image has label {label} itself; use cafd, next or random, "
-                    "or leave these images out"
+                    f"target '{rule}': an image has label {label} itself; use cafd, next or random"
                 )
         return tuple(chosen)
 

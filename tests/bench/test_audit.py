@@ -20,6 +20,7 @@ from bench.plan import Options, Plan, make_plan
 from bench.registry import ATTACKS
 from bench.runner import pending
 from bench.store import Store
+from bench.written import Written
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS = "20/255"
@@ -183,6 +184,11 @@ def test_the_shipped_grid_of_costly_checks_finds_its_faults(tmp_path: Path) -> N
     assert stopped.value.code == 1
     result = audit(make_plan(Options(grid)), Store(tmp_path / "s"), 24)
     assert result.unchecked == {}
+    # From then on the rows are marked with what they find.
+    main(["run", "--grid", str(grid), "--store", store, "--out", str(tmp_path), "--workers", "1", "-q"])
+    marks = Written(tmp_path).lines
+    marked = {cell: set(flags) for cell, flags in zip(marks["cell"], marks["flags"], strict=True) if flags}
+    assert marked == {c.key[:16]: {f.flag for f in found if f.suspect} for c, found in result.suspect}
     flags = {
         (c.target.role, c.defense_label, c.attack_label): {f.flag for f in found}
         for c, found in result.judged
@@ -286,6 +292,26 @@ def test_the_command_exits_with_1_and_reads_results_folders(
     with pytest.raises(SystemExit) as stopped:
         main(["audit", str(ROOT / "results" / "tabel1")])
     assert stopped.value.code == 2 and "did you mean" in capsys.readouterr().err
+
+
+def test_fewer_images_are_no_pass_and_leave_nothing_unchecked(tmp_path: Path, bench: Any) -> None:
+    """Colours swapped show on eight images or more: a first run on four must not stand for all of them."""
+    grid, store = str(GRIDS / "audit.yaml"), str(tmp_path / "s")
+    spec = yaml.safe_load(Path(grid).read_text(encoding="utf-8"))
+    spec["blocks"] = [
+        {"roles": ["swapped"], "defenses": ["none"], "attacks": ["noise"], "threats": ["oblivious"]}
+    ]
+    spec["tables"] = []
+    spec["plugins"] = [str(GRIDS / name) for name in spec["plugins"]]
+    spec["profile"] = str(GRIDS / spec["profile"]) if spec["profile"].endswith(".yaml") else spec["profile"]
+    (tmp_path / "swapped.yaml").write_text(yaml.safe_dump(spec))
+    where = ("--grid", str(tmp_path / "swapped.yaml"), "--store", store)
+    assert bench("run", *where, "--limit", "4", "--out", str(tmp_path / "o"), "-q")[0] == 0
+    code, out, _ = bench("audit", *where)
+    assert code == 1 and "channels-swapped" not in out and "on some of their images only" in out
+    assert bench("run", *where, "--out", str(tmp_path / "o"), "-q")[0] == 0
+    code, out, _ = bench("audit", *where)
+    assert code == 1 and "channels-swapped" in out and "only" not in out.splitlines()[0]
 
 
 def test_nothing_run_is_no_pass(folder: Path, plan: Plan) -> None:

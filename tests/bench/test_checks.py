@@ -91,6 +91,15 @@ def test_only_attacks_that_keep_failures_are_flagged_as_unchanged() -> None:
     assert flags("square", still, params={"stop_when_fooled": False}, scores=wrong) == {"unchanged"}
 
 
+def test_a_librarys_attack_may_leave_what_is_wrong_already() -> None:
+    """Attacks that look for the nearest adversarial image find it where they stand; they must move what is right."""
+    nearest = {"library": "foolbox", "attack": "L2DeepFoolAttack", "eps": "8/255"}
+    infos = [trace(linf=0.0), *[trace(1.0)] * 9]
+    wrong, right = [0.0] * 10, [1.0, *[0.0] * 9]
+    assert flags("library", infos, params=nearest, scores=wrong) == set()
+    assert flags("library", infos, params=nearest, scores=right) == {"unchanged"}
+
+
 def test_a_falling_objective_is_flagged_unless_the_attack_declares_it() -> None:
     fell = [trace(3, 2, 1)] * 10
     assert "loss-fell" in flags("bim", fell)

@@ -232,6 +232,23 @@ def test_plots_hold_the_numbers(folder: Path) -> None:
         assert "#1f1f1f" not in plot.inline() and "currentColor" in plot.inline()
 
 
+def test_sweeps_of_namesakes_say_what_tells_them_apart(folder: Path) -> None:
+    lines = read(folder)
+    targeted = lines[lines["attack_name"] == "pgd"].copy()
+    assert len(targeted)
+    targeted["attack"] = targeted["attack"] + "-t"
+    targeted["attack_params"] = [
+        json.dumps({**json.loads(params), "target": "next"}) for params in targeted["attack_params"]
+    ]
+    plots = {plot.name: plot.title for plot in make_plots(pd.concat([lines, targeted], ignore_index=True))}
+    assert plots["eps-digits-pgd-no-target-oblivious"] == "digits: pgd (no target), oblivious"
+    assert plots["eps-digits-pgd-target-next-oblivious"] == "digits: pgd (target next), oblivious"
+    # Without an attacker who knows the defense the title says so, once.
+    naive = lines[lines["level"].isin(["clean", "oblivious"])]
+    titles = [plot.title for plot in make_plots(naive) if plot.name.startswith("levels-")]
+    assert titles and all(title.count("no attacker who knows") == 1 for title in titles)
+
+
 def read(folder: Path) -> pd.DataFrame:
     from bench.written import read_results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -107,6 +108,61 @@ def test_results_lie_as_the_shipped_grids_do(grid: Path) -> None:
     for path in (GRIDS / "table1.yaml", *sorted((GRIDS / "papers").glob("*_fig1.yaml"))):
         assert list((GRIDS.parent / results_folder(path, load_grid(path))).glob("*.md"))
     assert results_folder(grid, load_grid(grid)) == Path("results/toy")
+
+
+def test_a_run_that_is_not_as_the_grid_says_has_a_folder_of_its_own(bench: Run, grid: Path) -> None:
+    """Fewer images, another seed or profile do not write over what is shipped or complete."""
+    for changed, name in (
+        ({}, "toy"),
+        ({"seed": 0}, "toy"),
+        ({"limit": 8}, "toy-limit8"),
+        ({"seed": 3, "limit": 8}, "toy-seed3-limit8"),
+        ({"profile": GRID["profile"]}, "toy"),
+        ({"without": ("attack:pgd", "jpeg")}, "toy-without_attack_pgd-without_jpeg"),
+    ):
+        assert make_plan(Options(grid, **changed)).folder() == Path("results") / name
+    for options in ([], ["--limit", "3"]):
+        code, _, err = bench("run", "--grid", str(grid), "-q", *options)
+        assert (code, err) == (0, "")
+    whole, some = (
+        list(csv.DictReader(Path("results", name, "results.csv").open())) for name in ("toy", "toy-limit3")
+    )
+    assert {row["n_total"] for row in some} == {"3"} and "3" not in {row["n_total"] for row in whole}
+
+
+def test_numbers_of_draws_are_told_apart(bench: Run, grid: Path) -> None:
+    """A block may have a level with several; two blocks may not mean different things by one label."""
+    level = {"level": "white_box"}
+    block = {"roles": ["classification"], "defenses": ["random", "none"], "attacks": ["pgd"]}
+    several = {**block, "threats": [{**level, "eot": 1}, "oblivious", {**level, "eot": 3}]}
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [several]}))
+    plan = make_plan(Options(grid))
+    draws = {
+        (c.defense_label, c.level_label): c.craft.eot
+        for c in plan.cells
+        if c.craft is not None and c.image_format == "float"
+    }
+    assert draws == {
+        ("random", "white_box (EOT 1)"): 1,
+        ("random", "oblivious"): 1,
+        ("random", "white_box (EOT 3)"): 3,
+        # Nothing is drawn here.
+        ("none", "white_box (EOT 1)"): 1,
+        ("none", "oblivious"): 1,
+        ("none", "white_box (EOT 3)"): 1,
+    }
+    assert b"white_box (EOT 3)" in run(bench, grid)["main.md"]
+    one, other = ({**block, "threats": [{**level, "eot": k}]} for k in (1, 3))
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [one, other]}))
+    code, _, err = bench("plan", "--grid", str(grid))
+    assert (code, err.count("\n")) == (2, 1)
+    assert (
+        "blocks[1].threats[0]: 'classification / random / pgd / white_box' is in an earlier block with eot 1"
+        in err
+    )
+    # The same twice is once.
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [one, one]}))
+    assert bench("plan", "--grid", str(grid))[0] == 0
 
 
 def test_estimates_say_how_much_of_them_is_a_guess(bench: Run, grid: Path) -> None:

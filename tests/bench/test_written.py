@@ -36,6 +36,14 @@ def test_committed_comparisons_come_out_of_committed_rows(page: Path, bench: Any
     assert out.replace("\r", "") == page.read_text(encoding="utf-8")
 
 
+def test_rows_that_are_cut_off_are_one_line(bench: Any, tmp_path: Path) -> None:
+    rows = (RESULTS / "table1" / "results.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "results.csv").write_text("\n".join([*rows[:3], ",".join(rows[3].split(",")[:5])]) + "\n")
+    code, out, err = bench("table", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "results.csv: not a table of results: row 4, seed: expected a number, found ''" in err
+
+
 def test_the_command_takes_a_folder_or_a_grid(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +62,7 @@ def test_the_command_takes_a_folder_or_a_grid(
         ((folder, "--seed", "1"), "go with a grid file"),
         ((folder, "--name", "clasification"), "did you mean 'classification'"),
         ((str(RESULTS / "tabel1"),), "did you mean"),
-        (("out",), "unknown grid of results"),
+        (("out",), "its grid is not below grids/: unknown grid 'toy'"),
         ((folder, "--compare", "paper"), "no table says which printed one it repeats"),
     ):
         code, out, err = bench("table", *arguments)

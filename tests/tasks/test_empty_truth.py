@@ -128,6 +128,10 @@ def test_images_without_a_label_are_one_line(
 def test_labels_must_be_classes_of_the_model() -> None:
     task = TASKS.create("classification")
     task.check_truth(9, 10)
-    for label, message in ((-1, "it has no label"), (10, "label 10, but the model's classes are 0..9")):
+    for label, message in (
+        (-1, "it has no label"),
+        (None, "it has no label"),
+        (10, "label 10, but the model's classes are 0..9"),
+    ):
         with pytest.raises(ValueError, match=message):
             task.check_truth(label, 10)
