@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.audit import Audit, _given, _next, _variants, audit, extended, extras, report
+from bench.audit import Audit, _given, _next, _variants, audit, extended, extras, report, unit_findings
 from bench.checks import FLAGS
 from bench.cli import main
 from bench.errors import BenchError
@@ -312,6 +312,13 @@ def test_fewer_images_are_no_pass_and_leave_nothing_unchecked(tmp_path: Path, be
     assert bench("run", *where, "--out", str(tmp_path / "o"), "-q")[0] == 0
     code, out, _ = bench("audit", *where)
     assert code == 1 and "channels-swapped" in out and "only" not in out.splitlines()[0]
+
+
+def test_an_attack_that_asks_more_of_a_model_has_no_unit_test(folder: Path, plan: Plan) -> None:
+    """The meddler looks for weights, of which the planted model has none."""
+    attacks = {cell.attack_label: cell.attack for cell in plan.cells}
+    assert unit_findings(attacks["meddler"]) == [] == unit_findings(attacks["pgd"])
+    assert [found.flag for found in unit_findings(attacks["descent"])] == ["fails-unit-test"]
 
 
 def test_nothing_run_is_no_pass(folder: Path, plan: Plan) -> None:
