@@ -623,6 +623,12 @@ def report(result: Audit, plan: Plan, store: Store) -> list[str]:
     return lines
 
 
+def judged(plan: Plan, store: Store, images: int = 0) -> tuple[list[str], bool]:
+    """The audit of stored rows as lines of text, and whether all is sound; arguments as `audit`."""
+    result = audit(plan, store, images)
+    return report(result, plan, store), result.sound
+
+
 def audit_written(
     written: Written, behind: tuple[Plan, Store] | str, images: int = 0
 ) -> tuple[list[str], bool]:

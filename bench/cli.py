@@ -193,6 +193,8 @@ def run(
     from bench.runner import environment, overwrite, pending, run_plan
     from bench.tables import complete, notes
 
+    if audit:
+        from bench.audit import judged
     options = _options(grid, profile, seed, limit, plugin, store, batch_size, without)
     devices = _devices(device)
     if train_missing:
@@ -226,11 +228,15 @@ def run(
             jobs=jobs,
         )
     failed = bool(display.errors)
-    if audit:
-        _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
     frame = cell_frame(plan, opened, display.errors)
     if not (failed and kept):
         _write(plan, frame, folder)
+    if audit:
+        # The tables are there by now, whatever becomes of the extra cells; what these find marks the rows.
+        _run_extras(plan, opened, store, devices, workers, audit_images, quiet)
+        frame = cell_frame(plan, opened, display.errors)
+        if not (failed and kept):
+            _write(plan, frame, folder)
     if not quiet:
         _print_tables(plan, frame)
         # Why cells failed is on the screen already, and below the tables.
@@ -243,10 +249,7 @@ def run(
     if plan.grid.figures and not failed:
         _draw(plan, opened, folder, devices[0], None, quiet)
     if audit:
-        from bench.audit import audit as judge
-        from bench.audit import report
-
-        for line in report(judge(plan, opened, audit_images), plan, opened):
+        for line in judged(plan, opened, audit_images)[0]:
             out.print(escape(line))
     if failed:
         raise typer.Exit(1 if display.bugs else 2)
@@ -305,7 +308,7 @@ def audit_command(
     Those of results/NAME are judged from their stored rows; where the store lacks any, they are shown as marked.
     Exit code 0: every cell has run and is sound; 1: some are suspect, stopped or not run.
     """
-    from bench.audit import audit, audit_written, report
+    from bench.audit import audit_written, judged
     from bench.written import Written, check_alone
 
     if (what is None) == (grid is None):
@@ -325,8 +328,7 @@ def audit_command(
         plan, opened = _open(_options(path, profile, seed, limit, plugin, store, without=without), store)
         if costly:
             _run_extras(plan, opened, store, _devices(device), workers, images, quiet)
-        result = audit(plan, opened, images)
-        lines, sound = report(result, plan, opened), result.sound
+        lines, sound = judged(plan, opened, images)
     for line in lines:
         out.print(escape(line))
     if not sound:
