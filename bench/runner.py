@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,7 @@ from bench.checks import (
 )
 from bench.errors import BenchError, CheckError, DataError, NotApplicable, StoreError
 from bench.executors import Event, Job, create_executor
+from bench.executors.base import command_line
 from bench.keys import content_key
 from bench.memory import keep_freed
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
@@ -710,7 +710,7 @@ def environment() -> dict[str, Any]:
         if torch.cuda.is_available()
         else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 

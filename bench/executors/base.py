@@ -6,6 +6,9 @@ A job is a few strings: a worker finds everything else through the manifest file
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
+import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -19,6 +22,15 @@ from bench.errors import BenchError, NotApplicable, StoreBusy
 
 PATIENCE = 5.0
 """Seconds to wait for what another process is computing, where nothing else is left to do meanwhile."""
+COMMAND = "BENCH_COMMAND"
+"""Environment variable that tells workers the command line that they work for."""
+
+
+def command_line() -> str:
+    """What was typed to run this; a worker's is that of the process that started it."""
+    name = Path(sys.argv[0]).name
+    words = ["python", "-m", "bench"] if name == "__main__.py" else [name]
+    return os.environ.get(COMMAND) or shlex.join([*words, *sys.argv[1:]])
 
 
 @dataclass(frozen=True)

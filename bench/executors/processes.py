@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError, GridError
-from bench.executors.base import Event, Executor, Job, OnEvent, Schedule
+from bench.executors.base import COMMAND, Event, Executor, Job, OnEvent, Schedule, command_line
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class _Worker:
         self.ended_at: float | None = None
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
         variables, inside = placement(device, os.environ)
-        environment = {**os.environ, **variables, **_threads_environment(threads)}
+        environment = {**os.environ, COMMAND: command_line(), **variables, **_threads_environment(threads)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BOOT],
             stdin=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from bench import runner
+from bench.frame import load_rows
 from bench.grid import GRIDS, load_grid, results_folder
 from bench.plan import Options, Plan, make_plan
 from bench.registry import ATTACKS
@@ -128,6 +131,22 @@ def test_a_run_that_is_not_as_the_grid_says_has_a_folder_of_its_own(bench: Run, 
         list(csv.DictReader(Path("results", name, "results.csv").open())) for name in ("toy", "toy-limit3")
     )
     assert {row["n_total"] for row in some} == {"3"} and "3" not in {row["n_total"] for row in whole}
+
+
+def test_rows_carry_the_command_that_was_typed_whoever_computes(
+    bench: Run, grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/__main__.py", "run", "--grid", "a b.yaml"])
+    for known in (runner.environment, runner.environment_text):
+        known.cache_clear()
+    for workers in ("1", "2"):
+        run(bench, grid, "--limit", "2", "--workers", workers, store=f"store{workers}")
+        store, plan = Store(grid.parent / f"store{workers}"), make_plan(Options(grid, limit=2))
+        rows = [load_rows(cell_record(store, c), c.target.ids) for c in plan.cells if not c.skip]
+        said = {json.loads(row["environment"])["command"] for of in rows for row in of}
+        assert said == {"python -m bench run --grid 'a b.yaml'"}
+    for known in (runner.environment, runner.environment_text):
+        known.cache_clear()
 
 
 def test_numbers_of_draws_are_told_apart(bench: Run, grid: Path) -> None:
