@@ -34,6 +34,13 @@
     });
   }
 
+  // What a cell says of itself: all but its commands, which name the grid in every cell.
+  const said = (group) => {
+    let text = group.textContent;
+    for (const command of group.querySelectorAll(".command")) text = text.replace(command.textContent, "");
+    return text.toLowerCase();
+  };
+
   for (const form of document.querySelectorAll("form[data-table]")) {
     const table = document.getElementById(form.dataset.table);
     const search = form.querySelector("[type=search]");
@@ -47,7 +54,7 @@
       for (const group of table.tBodies) {
         let fits = selects.every((s) => !s.value || group.dataset[s.dataset.filter] === s.value);
         if (fits && wanted.length) {
-          if (!words.has(group)) words.set(group, group.textContent.toLowerCase());
+          if (!words.has(group)) words.set(group, said(group));
           fits = wanted.every((word) => words.get(group).includes(word));
         }
         group.hidden = !fits;

@@ -510,6 +510,12 @@ def test_filtering(page: Browser) -> None:
     page.click("#filters button[type=reset]")
     page.run("return new Promise((done) => setTimeout(done, 50))")
     assert page.run(COUNT) == f"{total} of {total} cells"
+    # Commands name the grid in every cell, which tells none from another.
+    page.type("#filters [type=search]", "--grid")
+    assert page.run(COUNT) == f"0 of {total} cells"
+    page.click("#filters button[type=reset]")
+    page.run("return new Promise((done) => setTimeout(done, 50))")
+    assert page.run(COUNT) == f"{total} of {total} cells"
 
 
 def test_unfolding(page: Browser) -> None:
