@@ -386,13 +386,15 @@ def _judged(
         if not math.isnan(s["metrics"][0]["value"])
     }
     across = group_findings([cell for cell, _ in complete.values()], scores)
+    targets = {cell.target.role: cell.target for cell, _ in complete.values()}
+    noted = {role: noted_findings(store, target) for role, target in targets.items()}
     out: dict[str, list[Finding]] = {}
     for key, (cell, summary) in complete.items():
         out[key] = [
             *(Finding(**entry) for entry in summary["findings"]),
             *reference_findings(cell, summary["metrics"]),
             *across.get(key, []),
-            *noted_findings(store, cell.target),
+            *noted[cell.target.role],
             *unit_findings(cell.attack),
         ]
     return out
