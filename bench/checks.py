@@ -558,7 +558,8 @@ def craft_findings(
         if attack.monotone:
             # The course of an image that left at its success is short, and ends as it should.
             found.extend(_climb(functools.partial(share, among=right if stops else live)))
-    if attack.eps is not None and not attack.returns_clean:
+    # Of one that spares what is wrong already nothing follows where it is not known which images those are.
+    if attack.eps is not None and not attack.returns_clean and not (attack.spares and scores is None):
         # One that stops at a success has nothing to do where the pipeline is wrong already.
         same = share(lambda i: i["linf"] == 0, right if stops or attack.spares else live)
         if same > 0.01:

@@ -43,8 +43,8 @@ class ThreatSpec(_Strict):
     surrogate. `gray_box`: gradients of the target behind a `surrogate` defense, or behind the deployed one trained anew
     with `surrogate_seed`. `bpda`:
     forward through the defense, backward through its stand-in. `white_box`: true gradient through the defense. Where a
-    defense draws random numbers, gradients are averaged over `eot` draws; a block that has a level with several numbers
-    of draws names them in the level's label ("white_box (EOT 5)").
+    defense draws random numbers, gradients are averaged over `eot` draws; where a block has a level with several
+    numbers of draws, the level's label names them ("white_box (EOT 5)").
     """
 
     level: Level

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -272,7 +272,9 @@ class _Planner:
             if name not in roles | tasks | elsewhere | set(self.profile.roles) | set(TASKS):
                 raise GridError(f"{self.source}, images: {unknown('role or task', name, roles | tasks)}")
         left_out = {
-            column: frozenset(label for block in self._left_out.values() for label in labels(block))
+            column: frozenset(
+                label for block in self._left_out.values() for label in labels(block, self.grid)
+            )
             - frozenset(self.orders.get(column, ()))
             for column, labels in _COLUMNS.items()
         }
@@ -574,8 +576,7 @@ class _Planner:
                     for attack_label, attack in attacks:
                         at = f"{where}.threats[{threat_index}]"
                         own = self._own_attack(attack, target)
-                        apart = _has_other_eot(block, threat)
-                        self._add(target, defense_label, defense, attack_label, own, threat, at, apart)
+                        self._add(target, defense_label, defense, attack_label, own, threat, at)
 
     def _check_attack(self, attack: Attack, label: str, target: Target, where: str) -> None:
         if attack.tasks is not None and target.task not in attack.tasks:
@@ -618,7 +619,6 @@ class _Planner:
         attack: Attack | None,
         threat: ThreatSpec | None,
         where: str,
-        with_eot: bool = False,
     ) -> None:
         craft: Craft | None = None
         skip: str | None = None
@@ -642,7 +642,7 @@ class _Planner:
                 defense = placed
         if attack is not None and threat is not None:
             level = threat.level
-            level_label = self._level_label(threat, where, with_eot)
+            level_label = self._level_label(threat, where)
             if skip is None:
                 attack = settled(attack, target.task, self._shared(attack, level, defense))
                 try:
@@ -694,10 +694,10 @@ class _Planner:
         )
         raise GridError(f"{self.source}, {where}: '{known.label}' is in an earlier block with {how}")
 
-    def _level_label(self, threat: ThreatSpec, where: str, with_eot: bool) -> str:
+    def _level_label(self, threat: ThreatSpec, where: str) -> str:
         if threat.surrogate is None:
-            return _shown_level(threat, with_eot)
-        return _shown_level(threat, with_eot, self._defense(threat.surrogate, f"{where}.surrogate")[0])
+            return _shown_level(threat, self.grid)
+        return _shown_level(threat, self.grid, self._defense(threat.surrogate, f"{where}.surrogate")[0])
 
     def _craft(
         self,
@@ -773,6 +773,23 @@ def _roles(block: Block) -> Iterator[str]:
         yield from threat.sources
 
 
+def was_left_out(grid: Grid, profile: str, there: Mapping[str, Collection[str]]) -> tuple[str, ...]:
+    """What `--without` took out of a run, as it takes it.
+
+    Args:
+        grid: what was run.
+        profile: the name of the profile that it was run on.
+        there: role, defense and attack -> the labels of the lines that came out.
+    """
+    gone = {
+        f"{kind}:{label}": None
+        for block in grid.blocks if block.is_for(profile)
+        for kind, labels in there.items()
+        for label in _COLUMNS[kind](block, grid) if label not in labels
+    }  # fmt: skip
+    return tuple(gone)
+
+
 def can_be_left_out(grid: Grid) -> set[str]:
     """What `--without` takes: labels of roles, defenses and attacks, plain and behind their kind (`role:ssd`)."""
     return {
@@ -800,15 +817,16 @@ def _shown(spec: DefenseSpec) -> str:
     return own or _label(name, params)
 
 
-def _has_other_eot(block: Block, threat: ThreatSpec) -> bool:
-    """The block has this level with another number of draws, too, so that its label has to say which."""
-    return any(
-        other.eot != threat.eot and other.model_copy(update={"eot": threat.eot}) == threat
-        for other in block.threats
+def _has_several_eot(grid: Grid, threat: ThreatSpec) -> bool:
+    """Some block has this level with several numbers of draws, so that its label has to say which, in every block."""
+    alike = (
+        {other.eot for other in block.threats if other.model_copy(update={"eot": threat.eot}) == threat}
+        for block in grid.blocks
     )
+    return any(len(numbers) > 1 for numbers in alike)
 
 
-def _shown_level(threat: ThreatSpec, with_eot: bool, surrogate: str | None = None) -> str:
+def _shown_level(threat: ThreatSpec, grid: Grid, surrogate: str | None = None) -> str:
     """A level and its settings as in tables; `surrogate` is the label of its defense where that has been made."""
     label: str = threat.level
     if threat.sources:
@@ -817,15 +835,15 @@ def _shown_level(threat: ThreatSpec, with_eot: bool, surrogate: str | None = Non
         label += f" via seed {threat.surrogate_seed}"
     elif threat.surrogate is not None:
         label += " via " + (surrogate or _shown(threat.surrogate))
-    return f"{label} (EOT {threat.eot})" if with_eot else label
+    return f"{label} (EOT {threat.eot})" if _has_several_eot(grid, threat) else label
 
 
-_COLUMNS: dict[str, Callable[[Block], Iterable[str]]] = {
-    "role": lambda block: block.roles,
-    "defense": lambda block: map(_shown, block.defenses),
-    "attack": lambda block: map(_shown, block.attacks),
-    "level": lambda block: (threat.level for threat in block.threats),
-    "level_label": lambda block: (_shown_level(t, _has_other_eot(block, t)) for t in block.threats),
+_COLUMNS: dict[str, Callable[[Block, Grid], Iterable[str]]] = {
+    "role": lambda block, _: block.roles,
+    "defense": lambda block, _: map(_shown, block.defenses),
+    "attack": lambda block, _: map(_shown, block.attacks),
+    "level": lambda block, _: (threat.level for threat in block.threats),
+    "level_label": lambda block, grid: (_shown_level(threat, grid) for threat in block.threats),
 }
 """Column of the frame -> a block's labels of it."""
 

@@ -128,7 +128,10 @@ def read_long(path: Path) -> pd.DataFrame:
         StoreError: the file is missing, no such file, or lacks columns.
     """
     try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False)
+        text = path.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            raise ValueError("it is cut off in its last line")
+        raw = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         missing = [column for column in COLUMNS if column not in raw]
         if missing:
             raise ValueError(f"no column '{missing[0]}'")

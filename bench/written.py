@@ -36,6 +36,7 @@ class Written:
         path: the shipped grid file they are of, below the project's folder; None = none has that name.
         grid: what it says.
         limit: the `--limit` that gives the images of `lines`; None = the grid's own numbers do.
+        without: what `--without` took out of the run.
 
     Raises:
         StoreError: no such folder or file, or no lines in it.
@@ -46,6 +47,7 @@ class Written:
         self.lines = read_results(folder)
         self.path, self.grid = _grid_named(str(self.lines["grid"].iloc[0]))
         self.limit = _limit(self.lines, self.grid)
+        self.without = _without(self.lines, self.grid)
 
     def shipped(self) -> tuple[Path, Grid]:
         """The shipped grid, where it stands and what it says.
@@ -75,7 +77,10 @@ class Written:
             if load_profile(self.grid.profile)[0].name == profile:
                 profile = None  # the grid's own, which may be a path
             path, seed = GRIDS.parent / self.path, seeds[0] if len(seeds) == 1 else None
-            return _open(_options(path, profile, seed, self.limit, list(map(Path, plugins)), store), store)
+            options = _options(
+                path, profile, seed, self.limit, list(map(Path, plugins)), store, without=self.without
+            )
+            return _open(options, store)
         except BenchError as error:
             return str(error)
 
@@ -177,3 +182,13 @@ def _limit(lines: pd.DataFrame, grid: Grid | None) -> int | None:
         if asked is None or int(line["n_total"]) < asked:
             return largest
     return None
+
+
+def _without(lines: pd.DataFrame, grid: Grid | None) -> tuple[str, ...]:
+    """The labels that blocks of the grid have and no line has."""
+    from bench.plan import was_left_out
+
+    if grid is None:
+        return ()
+    there = {column: set(lines[column]) for column in ("role", "defense", "attack")}
+    return was_left_out(grid, str(lines["profile"].iloc[0]), there)

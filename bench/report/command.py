@@ -90,7 +90,9 @@ def report_command(
     elif folder is not None:
         written = Written(folder)
         lines = written.lines
-        source = Source(written.path, written.grid, None, written.limit, plugins, _store_option(store))
+        source = Source(
+            written.path, written.grid, None, written.limit, plugins, _store_option(store), written.without
+        )
         target = out_dir or folder
         stored = written.behind(store, plugins) if pictures else ""
     else:

@@ -98,6 +98,8 @@ def test_a_librarys_attack_may_leave_what_is_wrong_already() -> None:
     wrong, right = [0.0] * 10, [1.0, *[0.0] * 9]
     assert flags("library", infos, params=nearest, scores=wrong) == set()
     assert flags("library", infos, params=nearest, scores=right) == {"unchanged"}
+    # Judged behind a defense that the attack did not see: which ones it found wrong is not known.
+    assert flags("library", infos, params=nearest) == set()
 
 
 def test_a_falling_objective_is_flagged_unless_the_attack_declares_it() -> None:

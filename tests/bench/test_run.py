@@ -172,6 +172,13 @@ def test_numbers_of_draws_are_told_apart(bench: Run, grid: Path) -> None:
     }
     assert b"white_box (EOT 3)" in run(bench, grid)["main.md"]
     one, other = ({**block, "threats": [{**level, "eot": k}]} for k in (1, 3))
+    # One label means one thing all over a grid.
+    bim = {**other, "attacks": ["fgsm"]}
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [several, bim, one]}))
+    plan = make_plan(Options(grid))
+    assert {c.level_label for c in plan.cells if c.attack_label == "fgsm"} == {"white_box (EOT 3)"}
+    grid.write_text(yaml.safe_dump({**GRID, "blocks": [several, bim]}))
+    assert len(make_plan(Options(grid)).cells) == len(plan.cells)  # the last block says nothing new
     grid.write_text(yaml.safe_dump({**GRID, "blocks": [one, other]}))
     code, _, err = bench("plan", "--grid", str(grid))
     assert (code, err.count("\n")) == (2, 1)

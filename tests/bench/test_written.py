@@ -36,12 +36,45 @@ def test_committed_comparisons_come_out_of_committed_rows(page: Path, bench: Any
     assert out.replace("\r", "") == page.read_text(encoding="utf-8")
 
 
+def test_what_was_left_out_is_known_from_the_rows(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that commands made from them leave it out, too."""
+    for folder in FOLDERS:
+        assert Written(folder).without == (), folder
+    monkeypatch.setattr("bench.grid.GRIDS", tmp_path / "grids")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grids").mkdir()
+    blocks = [
+        {"roles": ["classification"], "defenses": ["jpeg", ["jpeg", "random"], "none"], "attacks": ["fgsm", "pgd"],
+         "threats": ["oblivious"]},
+        {"roles": ["classification"], "defenses": ["random"], "attacks": ["noise"], "threats": ["oblivious"],
+         "profiles": ["paper"]},
+    ]  # fmt: skip
+    (tmp_path / "grids" / "toy.yaml").write_text(yaml.safe_dump({**GRID, "blocks": blocks}))
+    options = ("--grid", "grids/toy.yaml", "--limit", "3", "--without", "pgd", "--without", "defense:none")
+    code, _, err = bench("run", *options, "-q")
+    assert (code, err) == (0, "")
+    folder = Path("results/toy-limit3-without_pgd-without_defense_none")
+    written = Written(folder)
+    assert written.without == ("defense:none", "attack:pgd") and written.limit == 3
+    plan, _ = written.behind(Path(".bench"))
+    assert {c.key[:16] for c in plan.cells} == set(written.lines["cell"]) - {""}
+    assert bench("report", str(folder))[0] == 0
+    assert "--without defense:none --without attack:pgd" in (folder / "report.html").read_text()
+
+
 def test_rows_that_are_cut_off_are_one_line(bench: Any, tmp_path: Path) -> None:
     rows = (RESULTS / "table1" / "results.csv").read_text(encoding="utf-8").splitlines()
     (tmp_path / "results.csv").write_text("\n".join([*rows[:3], ",".join(rows[3].split(",")[:5])]) + "\n")
     code, out, err = bench("table", str(tmp_path))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "results.csv: not a table of results: row 4, seed: expected a number, found ''" in err
+    text = (RESULTS / "table1" / "results.csv").read_text(encoding="utf-8")[:3000]
+    (tmp_path / "results.csv").write_text(text, encoding="utf-8")
+    for command in ("table", "claims", "audit", "report"):
+        code, out, err = bench(command, str(tmp_path))
+        assert (code, out, err.count("\n")) == (2, "", 1) and "it is cut off in its last line" in err, command
 
 
 def test_the_command_takes_a_folder_or_a_grid(
