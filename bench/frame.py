@@ -23,7 +23,7 @@ from bench.store import Record, Store
 WORST = "worst case"
 ADAPTIVE = "adaptive"
 """The level of an attacker who tries everything in the grid: the per-image worst over its levels and attacks."""
-SUMMARY_VERSION = 6
+SUMMARY_VERSION = 7
 
 COLUMNS = [
     "grid", "profile", "cell", "role", "task", "dataset", "model", "defense", "attack", "level", "level_label",
