@@ -476,9 +476,7 @@ _SHARES: dict[str, float | None] = {}
 # -- what has been audited -------------------------------------------------------------------------------------------
 def note_audited(plan: Plan, store: Store, images: int) -> None:
     """Note that the costly checks of a plan have been run, so that its rows are marked with what they find."""
-    path = _audited_path(plan, store)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, json.dumps({"images": images}).encode())
+    save(_audited_path(plan, store), json.dumps({"images": images}).encode())
 
 
 def audited(plan: Plan, store: Store) -> int | None:

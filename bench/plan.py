@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -236,6 +237,7 @@ class _Planner:
         self._own: dict[tuple[int, str, bool], tuple[Defense | Attack, Defense | Attack]] = {}
         self._said: dict[int, tuple[Defense | Attack, frozenset[str]]] = {}
         self._limited = False
+        self._several_eot = _with_several_eot(grid)
         self._check_overrides()
         self._blocks, self._left_out = self._chosen_blocks()
         self._leave_out(options.without)
@@ -273,7 +275,7 @@ class _Planner:
                 raise GridError(f"{self.source}, images: {unknown('role or task', name, roles | tasks)}")
         left_out = {
             column: frozenset(
-                label for block in self._left_out.values() for label in labels(block, self.grid)
+                label for block in self._left_out.values() for label in labels(block, self._several_eot)
             )
             - frozenset(self.orders.get(column, ()))
             for column, labels in _COLUMNS.items()
@@ -696,8 +698,9 @@ class _Planner:
 
     def _level_label(self, threat: ThreatSpec, where: str) -> str:
         if threat.surrogate is None:
-            return _shown_level(threat, self.grid)
-        return _shown_level(threat, self.grid, self._defense(threat.surrogate, f"{where}.surrogate")[0])
+            return _shown_level(threat, self._several_eot)
+        label, _ = self._defense(threat.surrogate, f"{where}.surrogate")
+        return _shown_level(threat, self._several_eot, label)
 
     def _craft(
         self,
@@ -785,7 +788,7 @@ def was_left_out(grid: Grid, profile: str, there: Mapping[str, Collection[str]])
         f"{kind}:{label}": None
         for block in grid.blocks if block.is_for(profile)
         for kind, labels in there.items()
-        for label in _COLUMNS[kind](block, grid) if label not in labels
+        for label in _COLUMNS[kind](block, frozenset()) if label not in labels
     }  # fmt: skip
     return tuple(gone)
 
@@ -817,16 +820,22 @@ def _shown(spec: DefenseSpec) -> str:
     return own or _label(name, params)
 
 
-def _has_several_eot(grid: Grid, threat: ThreatSpec) -> bool:
-    """Some block has this level with several numbers of draws, so that its label has to say which, in every block."""
-    alike = (
-        {other.eot for other in block.threats if other.model_copy(update={"eot": threat.eot}) == threat}
+def _but_eot(threat: ThreatSpec) -> str:
+    """What threats that differ in the number of draws alone have in common."""
+    return threat.model_dump_json(exclude={"eot"})
+
+
+def _with_several_eot(grid: Grid) -> set[str]:
+    """Levels (`_but_eot`) that some block has with several numbers of draws: in every block their labels say which."""
+    return {
+        _but_eot(one)
         for block in grid.blocks
-    )
-    return any(len(numbers) > 1 for numbers in alike)
+        for one, other in itertools.combinations(block.threats, 2)
+        if one.eot != other.eot and _but_eot(one) == _but_eot(other)
+    }
 
 
-def _shown_level(threat: ThreatSpec, grid: Grid, surrogate: str | None = None) -> str:
+def _shown_level(threat: ThreatSpec, several_eot: Set[str], surrogate: str | None = None) -> str:
     """A level and its settings as in tables; `surrogate` is the label of its defense where that has been made."""
     label: str = threat.level
     if threat.sources:
@@ -835,17 +844,17 @@ def _shown_level(threat: ThreatSpec, grid: Grid, surrogate: str | None = None) -
         label += f" via seed {threat.surrogate_seed}"
     elif threat.surrogate is not None:
         label += " via " + (surrogate or _shown(threat.surrogate))
-    return f"{label} (EOT {threat.eot})" if _has_several_eot(grid, threat) else label
+    return f"{label} (EOT {threat.eot})" if several_eot and _but_eot(threat) in several_eot else label
 
 
-_COLUMNS: dict[str, Callable[[Block, Grid], Iterable[str]]] = {
+_COLUMNS: dict[str, Callable[[Block, Set[str]], Iterable[str]]] = {
     "role": lambda block, _: block.roles,
     "defense": lambda block, _: map(_shown, block.defenses),
     "attack": lambda block, _: map(_shown, block.attacks),
     "level": lambda block, _: (threat.level for threat in block.threats),
-    "level_label": lambda block, grid: (_shown_level(threat, grid) for threat in block.threats),
+    "level_label": lambda block, several_eot: (_shown_level(t, several_eot) for t in block.threats),
 }
-"""Column of the frame -> a block's labels of it."""
+"""Column of the frame -> a block's labels of it, given the levels that the grid has with several numbers of draws."""
 
 
 def _labels(grid: Grid, blocks: Iterable[Block]) -> set[tuple[str, str]]:

@@ -40,6 +40,7 @@ from bench.checks import (
 from bench.errors import BenchError, CheckError, DataError, NotApplicable, StoreError
 from bench.executors import Event, Job, create_executor
 from bench.executors.base import command_line
+from bench.files import save
 from bench.keys import content_key
 from bench.memory import keep_freed
 from bench.plan import Cell, Craft, Options, Plan, Target, make_plan, task_instance
@@ -528,11 +529,7 @@ def _once(path: Path, check: Callable[[], list[Finding]]) -> None:
     if path in _VERIFIED:
         return
     if not path.exists():
-        found = check()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps([asdict(f) for f in found]), encoding="utf-8")
-        temporary.replace(path)
+        save(path, json.dumps([asdict(f) for f in check()]).encode())
     _VERIFIED.add(path)
 
 

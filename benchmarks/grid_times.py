@@ -18,10 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 from tabulate import tabulate
 
 from bench.grid import GRIDS, load_grid, results_folder
+from bench.written import read_results
 
 HEADS = ("grid", "seconds", "cells", "differs")
 
@@ -40,7 +40,7 @@ def measure(grid: Path) -> tuple[str, str, str, str]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return grid.stem, "", "", f"exit code {done.returncode}: {last}"
-        lines = pd.read_csv(out / "results.csv", dtype=str, keep_default_na=False)
+        lines = read_results(out)
         ran = lines[(lines["cell"] != "") & (lines["status"] == "ok")]["cell"].nunique()
         written = sorted(path for path in out.iterdir() if path.suffix in (".md", ".csv"))
         differs = [path.name for path in written if not same(path, committed / path.name)]
